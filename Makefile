@@ -1,0 +1,55 @@
+# `make help` lists what there is. The environment, .venv, is built once, with python3 (or PYTHON=...) >= 3.10.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+NB ?=
+
+export MPLBACKEND ?= agg
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab notebooks readme docs bench study clean
+
+help: ## list the commands
+	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
+
+demo: $(READY) ## check the equivalences and train four small models on handwritten digits
+	@$(BIN)/vdc_demo
+
+test: $(READY) ## check that everything generated is up to date, then run every test
+	@echo "1/5 notebooks clean"
+	@$(BIN)/python .ci/notebooks.py check clean
+	@echo "2/5 package exported from the notebooks"
+	@$(BIN)/python .ci/notebooks.py check export
+	@echo "3/5 README made from the index"
+	@$(BIN)/python .ci/notebooks.py check readme
+	@echo "4/5 notebooks run"
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	@echo "5/5 tests"
+	@$(BIN)/python -m pytest -q tests
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+notebooks: $(READY) ## run every notebook in place and store the outputs; NB="nbs/a.ipynb ..." for some
+	@$(BIN)/python .ci/notebooks.py run $(NB)
+
+readme: $(READY) ## make README.md from nbs/index.ipynb
+	@$(BIN)/python .ci/notebooks.py readme
+
+docs: $(READY) ## build the site into _docs/
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which is not a Python package: get version 1.7 from" \
+	  "https://quarto.org/docs/download/ and put 'quarto' on the PATH" >&2; exit 1; }
+	@$(BIN)/python .ci/notebooks.py readme  # newer than the index, so that nbdev leaves it alone
+	@$(BIN)/nbdev_docs
+
+bench: $(READY) ## compare speeds with timm's models
+	@$(BIN)/vdc_bench
+
+study: $(READY) ## train the variants that the convergence page compares
+	@$(BIN)/python .ci/study.py
+
+clean: ## remove what was built, the environment too
+	rm -rf .venv build dist demo _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
+
+$(READY): settings.ini setup.py constraints.txt .ci/venv
+	@PYTHON="$(PYTHON)" bash .ci/venv
