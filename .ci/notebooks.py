@@ -102,9 +102,8 @@ def check(what):
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)/"copy"
         copy.mkdir()
-        for name in "nbs", "vitdynconv", "README_files":
-            if (ROOT/name).exists(): shutil.copytree(ROOT/name, copy/name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-        for name in "settings.ini", "README.md": shutil.copy(ROOT/name, copy/name)
+        for name in "nbs", "vitdynconv": shutil.copytree(ROOT/name, copy/name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        shutil.copy(ROOT/"settings.ini", copy)
         os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where it is set
         os.chdir(copy); get_config.cache_clear()
         action(copy)
