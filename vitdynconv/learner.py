@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CrossEntropy', 'parameter_groups', 'GroupedOptim', 'warmup_cosine', 'RecipeSchedule', 'Mixing', 'Mean', 'MeanLoss',
-           'top_k', 'accuracy', 'top5', 'sum_over_processes', 'SmoothLoss', 'EpochRecorder', 'Progress',
-           'RecipeLearner', 'create_learner']
+           'top_k', 'accuracy', 'top5', 'sum_over_processes', 'SmoothLoss', 'EpochRecorder', 'Progress', 'ClipNorm',
+           'Accumulation', 'WeightAverage', 'AverageAccuracy', 'start_processes', 'Distributed', 'SetEpoch',
+           'RecipeLearner', 'recipe_callbacks', 'create_learner']
 
-# %% ../nbs/22_learner.ipynb #c212aea0
+# %% ../nbs/22_learner.ipynb #f53b1a01
+import datetime
 import sys
 import time
 import torch.distributed as dist
@@ -71,19 +73,19 @@ class RecipeSchedule(ParamScheduler):
         done = self.epoch * self.n_iter + self.iter
         self._update_val(done / (self.n_epoch * self.n_iter))
 
-# %% ../nbs/22_learner.ipynb #5ffd9f5d
+# %% ../nbs/22_learner.ipynb #b148fdba
 class Mixing(Callback):
-    "Mixup, cutmix and label smoothing on training batches; off for the last `tail` epochs."
+    "Mixup, cutmix and label smoothing of training batches; from epoch `off` on, smoothing alone."
     order, run_valid = 9, False
-    def __init__(self, mixup, tail=0): store_attr()
-    def before_epoch(self): self.mixup.mixup_enabled = self.can_mix and self.epoch < self.n_epoch - self.tail
+    def __init__(self, mixup, off=0): store_attr()
+    def before_epoch(self):
+        mixes = self.mixup.mixup_alpha > 0 or self.mixup.cutmix_alpha > 0
+        self.mixup.mixup_enabled = mixes and (not self.off or self.epoch < self.off)
     def before_batch(self):
         (x,), (y,) = self.xb, self.yb
-        n, alone = len(x) // 2 * 2, partial(mixup_target, num_classes=self.mixup.num_classes, smoothing=self.mixup.label_smoothing)
-        y = torch.cat([self.mixup(x[:n], y[:n])[1], alone(y[n:], lam=1.)]) if n else alone(y, lam=1.)  # mixes x in place
-        self.learn.yb = (y,)
-    @property
-    def can_mix(self): return self.mixup.mixup_alpha > 0 or self.mixup.cutmix_alpha > 0
+        even, alone = len(x) // 2 * 2, partial(mixup_target, num_classes=self.mixup.num_classes, lam=1., smoothing=self.mixup.label_smoothing)
+        rows = self.mixup(x[:even], y[:even])[1] if even else alone(y[:0])  # overwrites x
+        self.learn.yb = (torch.cat([rows, alone(y[even:])]),)
 
 # %% ../nbs/22_learner.ipynb #87d73266
 class Mean(Metric):
@@ -189,37 +191,155 @@ class Progress(Callback):
         cells = [log[0] + 1, *numbers, f'{time.time() - self.recorder.start_epoch:.1f}']
         print('  '.join(str(c).rjust(w) for c, w in zip(cells, self.header)), flush=True)
 
-# %% ../nbs/22_learner.ipynb #c1ab3bc5
+# %% ../nbs/22_learner.ipynb #cab46966
+class ClipNorm(GradientClip):
+    "fastai's `GradientClip`, keeping the norm it found (on the device) for the log."
+    found = None
+    def before_step(self): self.found = nn.utils.clip_grad_norm_(self.parameters(), self.max_norm, self.norm_type)
+
+# %% ../nbs/22_learner.ipynb #ec496633
+class Accumulation(Callback):
+    "One optimizer step for `n` batches; processes exchange gradients only in the last of them."
+    order, run_valid = MixedPrecision.order - 4, False
+    def __init__(self, n): store_attr()
+    def before_batch(self):
+        first = self.iter - self.iter % self.n
+        self.share = min(self.n, self.n_iter - first)                # batches in this step
+        self.steps_now = self.iter == first + self.share - 1
+        if isinstance(self.model, DistributedDataParallel): self.model.require_backward_grad_sync = self.steps_now
+    def after_loss(self): self.learn.loss_grad = self.loss_grad / self.share
+    def before_step(self):
+        if not self.steps_now: raise CancelBatchException()          # keeps the gradients
+
+# %% ../nbs/22_learner.ipynb #7fb79886
+class WeightAverage(Callback):
+    "timm's `ModelEmaV3` of the weights after every step that was taken; validated beside them."
+    order, skipped, average, logits = MixedPrecision.order + 2, False, None, None
+    def __init__(self, decay): store_attr()
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder')
+        if self.run and self.average is None: self.average = ModelEmaV3(get_model(self.model), decay=self.decay)
+    def after_cancel_step(self): self.skipped = True
+    def after_step(self):
+        if not self.skipped: self.average.update(get_model(self.model))
+        self.skipped = False
+    def after_pred(self):
+        if not self.training: self.logits = self.average.module(*self.xb).float()
+
+# %% ../nbs/22_learner.ipynb #37576082
+class AverageAccuracy(Mean):
+    "Top-1 accuracy of the averaged weights."
+    def __init__(self, averaging): super().__init__(top_k, 'ema_accuracy'); self.averaging = averaging
+    def accumulate(self, learn): self.add(self.func(self.averaging.logits, *learn.yb))
+
+# %% ../nbs/22_learner.ipynb #f914e30a
+def start_processes(
+    timeout=600,  # seconds that one process waits for another before the run ends with an error
+) -> tuple:       # (rank, processes, device of this one)
+    "Join the other processes of `torchrun`; without it, one process. Call before loaders and models are built."
+    rank, world, cuda = rank_distrib(), max(num_distrib(), 1), torch.cuda.is_available()
+    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
+    if cuda: torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=datetime.timedelta(seconds=timeout))
+    return rank, world, device
+
+# %% ../nbs/22_learner.ipynb #94d19b9c
+class Distributed(Callback):
+    "Gradients averaged over processes; loaders stay as they are, validation uses the bare model."
+    order = MixedPrecision.order + 1
+    def before_fit(self):
+        device = next(self.model.parameters()).device
+        ids = [device] if device.type == 'cuda' else None
+        self.bare = self.model
+        self.wrapped = DistributedDataParallel(self.bare, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    def before_train(self): self.learn.model = self.wrapped
+    def before_validate(self): self.learn.model = self.bare
+    def after_fit(self): self.learn.model, self.wrapped = self.bare, None
+
+# %% ../nbs/22_learner.ipynb #dc980424
+class SetEpoch(Callback):
+    "Tells loader, sampler and dataset which epoch begins."
+    def before_train(self):
+        loader = self.dls.train
+        for part in (loader, getattr(loader, 'sampler', None), getattr(loader, 'dataset', None)):
+            if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
+
+# %% ../nbs/22_learner.ipynb #a3b8e3b4
 class RecipeLearner(Learner):
     "A fastai `Learner` that follows a recipe, is seeded by it, and can start at a saved epoch."
+    recipe, history, start_epoch, peak_lr, waited = None, (), 0, None, 0.
     def fit(self, n_epoch=None, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         if wd is not None:
-            raise ValueError(f'wd={wd}: fit would overwrite the decay of every parameter group; set weight_decay in the recipe')
+            raise ValueError(f'wd={wd} would overwrite the weight decay of every parameter group; set weight_decay in the recipe')
         self.start_epoch, self.peak_lr = start_epoch, self.lr if lr is None else lr
         if not start_epoch:
-            self.history = []
+            if not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.history = []
             set_seed(self.recipe.seed + rank_distrib())
         super().fit(self.recipe.epochs if n_epoch is None else n_epoch, lr=lr, cbs=cbs, reset_opt=reset_opt)
+
     def _do_fit(self):
-        for self.epoch in range(self.start_epoch, self.n_epoch):
+        self.train_iter = self.start_epoch * len(self.dls.train)
+        for epoch in range(self.start_epoch, self.n_epoch):
+            self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-# %% ../nbs/22_learner.ipynb #8529eb91
+    def all_batches(self):
+        self.n_iter, self.waited = len(self.dl), 0.
+        for i, batch in enumerate(self.waiting(self.dl)): self.one_batch(i, batch)
+
+    def waiting(self, loader):
+        "The batches of `loader`; `waited` adds up the seconds until each came."
+        batches = iter(loader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None: return
+            yield batch
+
+# %% ../nbs/22_learner.ipynb #835d8e0c
+def recipe_callbacks(
+    recipe,       # `Recipe`
+    num_classes,  # of the model
+    device,       # of the loaders
+) -> list:        # of callbacks
+    "The callbacks that put a recipe into effect."
+    cbs = [TrainEvalCallback(), EpochRecorder(), CastToTensor(), Progress(), SetEpoch(),
+           RecipeSchedule(recipe.warmup_epochs / recipe.epochs, recipe.warmup_lr, recipe.min_lr, recipe.grad_accum),
+           ClipNorm(recipe.clip_grad or math.inf)]
+    if recipe.mixup or recipe.cutmix or recipe.label_smoothing:
+        mixup = Mixup(recipe.mixup, recipe.cutmix, prob=recipe.mixup_prob, switch_prob=recipe.mixup_switch_prob,
+                      label_smoothing=recipe.label_smoothing, num_classes=num_classes)
+        cbs.append(Mixing(mixup, recipe.mixup_off_epoch))
+    if recipe.grad_accum > 1: cbs.append(Accumulation(recipe.grad_accum))
+    if recipe.ema: cbs.append(WeightAverage(recipe.ema_decay))
+    if recipe.channels_last: cbs.append(ChannelsLast())
+    if recipe.amp and device.type == 'cuda': cbs.append(MixedPrecision(recipe.amp))
+    if dist.is_initialized(): cbs.append(Distributed())
+    return cbs
+
+# %% ../nbs/22_learner.ipynb #6837553f
 def create_learner(
-    model: nn.Module,       # any image classifier
-    dls,                    # fastai `DataLoaders`, as `digits_dls` and `imagenet_dls` make them
-    recipe,                 # `Recipe`
-    cbs=(),                 # your own callbacks
-    loss_func=None,         # default `CrossEntropy`
-    metrics=None,           # default top-1 accuracy
-    path=None,              # where fastai saves
-) -> RecipeLearner:
-    "A fastai `Learner` that trains `model` on `dls` as `recipe` says."
-    optimizer = partial(GroupedOptim, opt=partial(create_optimizer_v2, opt=recipe.optimizer))
-    splitter = partial(parameter_groups, weight_decay=recipe.weight_decay)
-    schedule = RecipeSchedule(recipe.warmup_epochs / recipe.epochs)
-    learn = RecipeLearner(dls, model, loss_func=loss_func or CrossEntropy(), opt_func=optimizer, lr=recipe.lr,
-                          splitter=splitter, metrics=metrics or [accuracy()], path=path, default_cbs=False,
-                          cbs=[TrainEvalCallback, EpochRecorder, CastToTensor, Progress, schedule])
-    learn.recipe, learn.history, learn.start_epoch = recipe, [], 0
+    model: nn.Module,  # any image classifier
+    dls,               # fastai `DataLoaders`, as `digits_dls` and `imagenet_dls` make them
+    recipe,            # `Recipe`
+    cbs=(),            # your own callbacks
+    loss_func=None,    # `CrossEntropy()` by default
+    metrics=None,      # fastai metrics; by default `accuracy()`, and that of averaged weights where the recipe has them
+    path=None,         # where fastai saves; by default that of `dls`
+) -> RecipeLearner:    # call `fit()`
+    "A fastai `Learner` that trains `model` on `dls` as `recipe` says (the paper's Table 4)."
+    own = recipe_callbacks(recipe, getattr(model, 'num_classes', recipe.num_classes), dls.device)
+    averaging = [cb for cb in own if isinstance(cb, WeightAverage)]
+    optimizer = partial(create_optimizer_v2, opt=recipe.opt)
+    learn = RecipeLearner(
+        dls, model, loss_func=CrossEntropy() if loss_func is None else loss_func, path=path, default_cbs=False, cbs=own,
+        lr=recipe.lr * recipe.batch_size / recipe.lr_batch_size, opt_func=partial(GroupedOptim, opt=optimizer),
+        splitter=partial(parameter_groups, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay),
+        metrics=[accuracy(), *map(AverageAccuracy, averaging)] if metrics is None else metrics)
+    learn.recipe, learn.logger = recipe, noop if rank_distrib() else print
+    if recipe.compile: model.compile()
+    if recipe.amp and dls.device.type != 'cuda' and not rank_distrib():
+        print(f'amp={recipe.amp!r} changes nothing on a {dls.device.type}: training runs in float32')
     return learn.add_cbs(cbs)
