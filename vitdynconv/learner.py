@@ -265,22 +265,22 @@ class SetEpoch(Callback):
         for part in (loader, getattr(loader, 'sampler', None), getattr(loader, 'dataset', None)):
             if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
 
-# %% ../nbs/22_learner.ipynb #a3b8e3b4
+# %% ../nbs/22_learner.ipynb #98ba5c3d
 class RecipeLearner(Learner):
     "A fastai `Learner` that follows a recipe, is seeded by it, and can start at a saved epoch."
-    recipe, history, start_epoch, peak_lr, waited = None, (), 0, None, 0.
+    recipe, history, first_epoch, peak_lr, waited = None, (), 0, None, 0.
     def fit(self, n_epoch=None, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         if wd is not None:
             raise ValueError(f'wd={wd} would overwrite the weight decay of every parameter group; set weight_decay in the recipe')
-        self.start_epoch, self.peak_lr = start_epoch, self.lr if lr is None else lr
+        self.first_epoch, self.peak_lr = start_epoch, self.lr if lr is None else lr
         if not start_epoch:
             if not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.history = []
             set_seed(self.recipe.seed + rank_distrib())
         super().fit(self.recipe.epochs if n_epoch is None else n_epoch, lr=lr, cbs=cbs, reset_opt=reset_opt)
 
     def _do_fit(self):
-        self.train_iter = self.start_epoch * len(self.dls.train)
-        for epoch in range(self.start_epoch, self.n_epoch):
+        self.train_iter = self.first_epoch * len(self.dls.train)
+        for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
