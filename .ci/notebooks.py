@@ -61,7 +61,8 @@ def run(names):
         print(f"{path.relative_to(ROOT)} ", end="", flush=True)
         began = time.time()
         try: run_one(path)
-        except CellExecutionError as error: sys.exit(f"failed; the notebook is left as it was\n{error}")
+        except CellExecutionError as error:
+            sys.exit("failed; the notebook is left as it was\n" + re.sub(r"\x1b\[[\d;]*m", "", str(error)))  # without colours
         print(f"{time.time()-began:.1f} s")
     print(f"all {time.time()-start:.1f} s")
 
