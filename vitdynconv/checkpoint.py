@@ -118,10 +118,10 @@ class RunStopped(Exception):
         super().__init__(reason)
         self.reason = reason
 
-# %% ../nbs/22a_checkpoint.ipynb #b3f10508
+# %% ../nbs/22a_checkpoint.ipynb #f2b6533c
 class Checkpoints(Callback):
     "`last.ckpt` before the first step and after each epoch, and the `k` best."
-    order, saved = 90, None
+    order, saved = 75, None
     def __init__(self, folder, k=3, run=None): self.folder, self.k, self.run_args = Path(folder), k, run
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
     def before_train(self):
