@@ -60,13 +60,13 @@ class Recipe:
 
     def replace(self, **overrides): return dataclasses.replace(self, **overrides)
 
-# %% ../nbs/21_recipes.ipynb #6d0492fd
-_digits_vit = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2., class_token=False, global_pool='avg')
+# %% ../nbs/21_recipes.ipynb #0414b693
+_digits_vit = dict(img_size=16, patch_size=4, in_chans=1, embed_dim=96, depth=3, num_heads=3, mlp_ratio=2., class_token=False, global_pool='avg')
 RECIPES = {
     'deit_s': Recipe('deit_s', 'deit_small_patch16_224', drop_path=0.1, repeated_aug=3, ema=True),
     'deit_b': Recipe('deit_b', 'deit_base_patch16_224', drop_path=0.1, repeated_aug=3, ema=True),
     'swin_t': Recipe('swin_t', 'swin_tiny_patch4_window7_224', drop_path=0.2),
     'swin_b': Recipe('swin_b', 'swin_base_patch4_window7_224', drop_path=0.5),
-    'digits': Recipe('digits', 'vit_tiny_patch16_224', _digits_vit, num_classes=10, epochs=15, batch_size=32, lr=2e-3, lr_batch_size=32,
-                     warmup_epochs=2, drop_path=0., input_size=8, rand_augment='', random_erasing=0., mixup=0., cutmix=0., workers=0),
+    'digits': Recipe('digits', 'vit_tiny_patch16_224', _digits_vit, num_classes=10, epochs=15, batch_size=16, lr=2e-3, lr_batch_size=16,
+                     warmup_epochs=1, drop_path=0., input_size=16, rand_augment='', random_erasing=0., mixup=0., cutmix=0., workers=0),
 }
