@@ -113,14 +113,16 @@ def plot_history(
     def lines(*names): return {name.replace('_', ' '): [row.get(name) for row in history] for name in names if name in history[-1]}
     plot_curves({'loss': lines('train_loss', 'valid_loss'), 'accuracy': lines('accuracy', 'ema_accuracy', 'top5')}, path)
 
-# %% ../nbs/22b_logbook.ipynb #3c793962
+# %% ../nbs/22b_logbook.ipynb #2358e84c
 class EachEpoch(Callback):
     "Hands the history to each of `writers` after every epoch of training; only on the first process."
     order = 80
     def __init__(self, *writers): self.writers = writers
     def after_epoch(self):
         if rank_distrib() or not self.recorder.train_loss.count or not self.learn.history: return
-        for write in self.writers: write(self.learn.history)
+        try:
+            for write in self.writers: write(self.learn.history)
+        except OSError as error: raise RunStopped(f'cannot write the log of epoch {self.epoch + 1} ({error}); its checkpoint is good') from error
 
 # %% ../nbs/22b_logbook.ipynb #aef1dfee
 def tensorboard_writer(folder, recipe):
@@ -140,11 +142,15 @@ def wandb_writer(folder, recipe):
     run = wandb.init(project='vitdynconv', name=name, id=name, resume='allow', dir=str(folder), config=dataclasses.asdict(recipe))
     return lambda history: run.log(dict(history[-1]), step=history[-1]['epoch'])
 
-# %% ../nbs/22b_logbook.ipynb #f29fc0d8
+# %% ../nbs/22b_logbook.ipynb #8b2044a0
 TRACKERS = dict(tensorboard=tensorboard_writer, wandb=wandb_writer)
 
-def check_trackers(names):
-    "Raise ValueError for a tracker that is unknown or not installed."
+def check_trackers(
+    text,   # names with commas between
+) -> list:  # the names
+    "Names of `TRACKERS`. ValueError for one that is unknown or not installed."
+    names = [name for name in text.split(',') if name]
     for name in names:
         if name not in TRACKERS: raise ValueError(f'log={name!r}: choose from {", ".join(TRACKERS)}')
         if importlib.util.find_spec(name) is None: raise ValueError(f'log={name!r}: the package is not installed; pip install {name}')
+    return names
