@@ -6,15 +6,21 @@
 __all__ = ['MIXERS', 'REASONS', 'MODELS', 'foreign_attention', 'find_mixers', 'Weight', 'Conversion', 'compare',
            'set_class_token', 'set_pooling', 'PositionedPatchEmbed', 'set_position', 'Converted', 'DynamicConvViT',
            'DynamicConvDistilledViT', 'DynamicConvSwin', 'check_settings', 'replace_mixer', 'convert', 'no_way_back',
-           'timm_mixer', 'to_timm']
+           'timm_mixer', 'to_timm', 'timm_model', 'read_weights', 'local_weights', 'write_whole', 'write_report',
+           'vdc_convert', 'convert_file']
 
-# %% ../nbs/10_surgery.ipynb #3d10be98
-import copy, re, sys
+# %% ../nbs/10_surgery.ipynb #31c34220
+import copy, csv, json, os, re, sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Callable, NamedTuple
+import timm
 import torch
+from fastcore.script import call_parse
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn, Tensor
 from timm.layers import Attention, PatchEmbed, resample_abs_pos_embed_nhwc, trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
@@ -59,16 +65,15 @@ class Weight(NamedTuple):
     source: str = '' # its name in the old model, where that was another
     note: str = ''   # what happened to it on the way
 
-# %% ../nbs/10_surgery.ipynb #ae6dbe00
+# %% ../nbs/10_surgery.ipynb #797b6e63
 @dataclass
 class Conversion:
     "What `convert` did: the settings and, weight by weight, what it kept, dropped or made new. Prints as a table."
     settings: dict
     weights: list = field(default_factory=list)
 
-    def __getattr__(self, name: str) -> list:
-        if name in ('kept', 'dropped', 'new'): return [w.name for w in self.weights if w.fate == name]
-        raise AttributeError(name)
+    def names(self, fate: str) -> list[str]: return [w.name for w in self.weights if w.fate == fate]
+    kept, dropped, new = [property(lambda self, fate=fate: self.names(fate)) for fate in ('kept', 'dropped', 'new')]
 
     def grouped(self) -> list[tuple]:
         "Rows (fate, name, blocks, shape, note), equal weights of all blocks in one."
@@ -201,29 +206,35 @@ class DynamicConvSwin(Converted, SwinTransformer):
 
 MODELS = {VisionTransformer: DynamicConvViT, VisionTransformerDistilled: DynamicConvDistilledViT, SwinTransformer: DynamicConvSwin}
 
-# %% ../nbs/10_surgery.ipynb #60a63714
+# %% ../nbs/10_surgery.ipynb #cdfe7e4c
 def check_settings(
-    model: nn.Module, activation, kernel: str, pos: str | None, class_token: bool | None, pos_per: str,
-) -> None:
+    model: nn.Module | None,     # the model, or None if it is still to be made; the rest as in `convert`
+    activation: str | nn.Module, # name or module
+    kernel: str,                 # 'dense' or 'depthwise'
+    pos: str | None,             # 'abs', 'rel', 'none' or None
+    class_token: bool | None,    # True, False or None
+    pos_per: str,                # 'head' or 'channel'
+) -> None:                       # nothing: raises ValueError
     "Refuse what `convert` cannot do, with the valid values and the way out."
     for name, value, valid in [('kernel', kernel, ('dense', 'depthwise')), ('pos', pos, (None, 'abs', 'rel', 'none')), ('class_token', class_token, (None, True, False)), ('pos_per', pos_per, ('head', 'channel'))]:
         if value not in valid: raise ValueError(f'unknown {name}={value!r}; choose one of {", ".join(map(repr, valid))}')
-    create_activation(activation, num_kernels=1, head_dim=1) if isinstance(activation, str) else None
+    if isinstance(activation, str): create_activation(activation, num_kernels=1, head_dim=1)
     if kernel == 'depthwise' and activation not in ('softmax', 'scaling'): raise ValueError(f"activation={activation!r} has no place in a depth-wise kernel, which is a mean (Eq. 5); leave activation out, or call it 'scaling' as Table 3 does")
     if kernel == 'dense' and pos_per == 'channel': raise ValueError("pos_per='channel' needs kernel='depthwise'; with dense kernels a table belongs to a head")
     if class_token and isinstance(model, SwinTransformer): raise ValueError('class_token=True does not fit Swin, whose windows have no class token; leave it out')
-    if not isinstance(model, (VisionTransformer, SwinTransformer)) and (pos or class_token is not None):
+    if model is not None and not isinstance(model, (VisionTransformer, SwinTransformer)) and (pos or class_token is not None):
         raise ValueError(f'pos={pos!r} and class_token={class_token} need a model whose grid is known; {type(model).__name__} is none, so leave them out or take a VisionTransformer or SwinTransformer')
     drops = type(getattr(model, 'patch_drop', None)).__name__ == 'PatchDropout'
     if drops and (pos == 'rel' or activation in ('ln', 'ln_relu')): raise ValueError(f'patch_drop_rate leaves out tokens, but pos={pos!r} and activation={activation!r} have parameters tied to places; build the model with patch_drop_rate=0')
 
-# %% ../nbs/10_surgery.ipynb #0ded9a8b
+# %% ../nbs/10_surgery.ipynb #a68ea6f0
 def replace_mixer(
-    model: nn.Module, path: str,                    # a converted model and where in it the mixer is
-    make: Callable,                                 # `DynamicConvAttention.from_timm` or `DepthwiseSelfAttention.from_timm`
-    pos: str | None,                                # as in `convert`
-    **settings,                                     # for `make`
-) -> dict:                                          # the weights that moved
+    model: nn.Module, # changed in place
+    path: str,        # where in it the mixer is
+    make: Callable,   # `DynamicConvAttention.from_timm` or `DepthwiseSelfAttention.from_timm`
+    pos: str | None,  # as in `convert`
+    **settings,       # for `make`
+) -> dict:            # the weights that moved: new name -> (old name, what happened)
     "Put a new mixer, with the old one's weights, in an old one's place."
     old = model.get_submodule(path)
     tables = getattr(old, 'relative_position_bias_table', None)
@@ -307,4 +318,115 @@ def to_timm(
         parent, _, name = path.rpartition('.')
         if isinstance(mixer, DynamicConvAttention): setattr(new.get_submodule(parent), name, timm_mixer(mixer, isinstance(model, SwinTransformer)))
     vars(new).pop('conversion', None)
+    return new
+
+# %% ../nbs/10_surgery.ipynb #228fa37d
+def timm_model(
+    name: str,                             # in timm's registry
+    pretrained: bool = False,              # with the weights that timm publishes: needs a download, once
+    checkpoint: str | Path | None = None,  # or with those of a local file, .safetensors or .pth
+    **kwargs,                              # timm's: `num_classes`, `img_size`, `drop_path_rate`, ...
+) -> nn.Module:                            # timm's model
+    "A model of timm's with its weights. ValueError for an unknown name, with close ones, or a file that does not fit; ConnectionError if nothing could be downloaded."
+    arch = name.partition('.')[0]
+    if not timm.is_model(arch):
+        close = get_close_matches(arch, timm.list_models('*vit*') + timm.list_models('*deit*') + timm.list_models('*swin*'), 3)
+        raise ValueError(f'unknown model {name!r}' + (f'; did you mean {" or ".join(close)}?' if close else "; timm.list_models('*vit*') has the names"))
+    try: return timm.create_model(name, pretrained=pretrained or bool(checkpoint), **kwargs | (local_weights(arch, checkpoint) if checkpoint else {}))
+    except OSError as e:
+        raise ConnectionError(f'the pretrained weights of {name!r} could not be downloaded ({str(e).splitlines()[0]}); check the connection, or pass checkpoint=FILE with weights fetched elsewhere') from e
+    except (RuntimeError, KeyError, SafetensorError) as e:
+        if not checkpoint: raise
+        raise ValueError(f'{checkpoint} does not fit {name!r}: {" ".join(str(e).split())[:300]}') from e
+
+# %% ../nbs/10_surgery.ipynb #69bf546e
+def read_weights(
+    path: str | Path,      # .safetensors or .pth; averaged weights inside are preferred, as timm does
+) -> dict[str, Tensor]:    # state dict
+    "The weights in a file, without running what else may be in it. ValueError if it is missing or no checkpoint."
+    if not Path(path).is_file(): raise ValueError(f'there is no file {path}; give a checkpoint, .safetensors or .pth')
+    try: state = timm.models.load_state_dict(str(path), weights_only=True)
+    except (RuntimeError, EOFError, KeyError, SafetensorError, ValueError) as e: raise ValueError(f'{path} is no checkpoint that can be read safely: {" ".join(str(e).split())[:200]}') from e
+    if not (isinstance(state, dict) and state and all(isinstance(w, Tensor) for w in state.values())): raise ValueError(f'{path} holds no state dict; give a file of named tensors')
+    return state
+
+def local_weights(arch: str, path: str | Path) -> dict:
+    "What timm needs to take a file for its pretrained weights: the path, and how many classes the head in it has."
+    heads = [w for name in ('head.weight', 'head.fc.weight') if (w := read_weights(path).get(name)) is not None]
+    return dict(pretrained_cfg_overlay=dict(file=str(path)) | ({'num_classes': len(heads[0])} if heads else {}))
+
+# %% ../nbs/10_surgery.ipynb #e72a7772
+def write_whole(
+    path: str | Path, # the file
+    write: Callable,  # called with a temporary path beside it
+) -> None:
+    "Write a file under another name and give it its own when it is whole."
+    part = Path(path).with_name(f'.{Path(path).name}.part')
+    try:
+        write(part)
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
+def write_report(
+    path: str | Path,  # .csv or .json
+    name: str,         # of the model
+    done: Conversion,  # its conversion
+) -> None:
+    "The conversion as data, one row a weight."
+    rows = [w._asdict() | dict(shape='x'.join(map(str, w.shape))) for w in done.weights]
+    def write(part):
+        with open(part, 'w', newline='') as f:
+            if Path(path).suffix == '.json': return json.dump(dict(model=name, settings=done.settings, weights=rows), f, indent=1)
+            table = csv.DictWriter(f, Weight._fields)
+            table.writeheader(); table.writerows(rows)
+    write_whole(path, write)
+
+# %% ../nbs/10_surgery.ipynb #872e5723
+@call_parse
+def vdc_convert(
+    model: str = 'deit_small_patch16_224', # a ViT, DeiT or Swin of timm's
+    activation: str = 'softmax',           # softmax, none, scaling, scaling_relu, ln, ln_relu, ...
+    kernel: str = 'dense',                 # dense or depthwise
+    pos: str = '',                         # abs, rel or none; left out: as the model has it
+    class_token: str = '',                 # yes or no; left out: as the model has it
+    pos_per: str = 'head',                 # depth-wise with relative position: a table a head or a channel
+    checkpoint: str = '',                  # file with the model's weights, .safetensors or .pth
+    pretrained: bool = False,              # take the weights that timm publishes
+    out: str = '',                         # where the new weights go, a .safetensors file
+    csv: str = '',                         # where the report goes as a table, .csv
+    json: str = '',                        # where the report goes as data, .json
+):
+    "Convert a checkpoint of timm's and report what happened to each weight. Without --checkpoint and --pretrained the model is a fresh one."
+    try:
+        settings = dict(activation=activation, kernel=kernel, pos=pos or None, class_token=class_token or None, pos_per=pos_per)
+        new = convert_file(model, settings, checkpoint, pretrained, {'.safetensors': out, '.csv': csv, '.json': json})
+    except (ValueError, OSError) as e:
+        print(f'vdc_convert: {" ".join(str(e).split())}', file=sys.stderr)
+        raise SystemExit(2)
+    print(new.conversion)
+    if not (checkpoint or pretrained): print('the model was a fresh one: neither --checkpoint nor --pretrained was given')
+    print(f'{sum(p.numel() for p in new.parameters()) / 1e6:.3f} M parameters in {out}')
+
+# %% ../nbs/10_surgery.ipynb #5ccbe27c
+def convert_file(
+    name: str,                  # of the model
+    settings: dict,             # for `convert`; class_token as 'yes', 'no' or None
+    checkpoint: str,            # file or ''
+    pretrained: bool,           # take timm's weights
+    files: dict[str, str],      # suffix -> file to write, or ''
+) -> nn.Module:                 # the converted model
+    "What `vdc_convert` does. Everything is checked before the first file is written."
+    if not files['.safetensors']: raise ValueError('nothing to write: give --out FILE.safetensors')
+    for suffix, path in files.items():
+        if path and Path(path).suffix != suffix: raise ValueError(f'{path} should end in {suffix}')
+        if path and not Path(path).parent.is_dir(): raise ValueError(f'there is no folder {Path(path).parent} for {path}')
+    if settings['class_token'] not in ('yes', 'no', None): raise ValueError(f"class_token={settings['class_token']!r}: say yes or no, or leave it out")
+    settings = settings | dict(class_token={'yes': True, 'no': False}.get(settings['class_token']))
+    check_settings(None, **settings)
+    if pretrained and checkpoint: raise ValueError('give --checkpoint or --pretrained, not both')
+    new = convert(timm_model(name, pretrained, checkpoint or None), **settings)
+    state = {n: w.contiguous() for n, w in new.state_dict().items()}
+    write_whole(files['.safetensors'], lambda part: save_file(state, part, metadata=dict(model=name, settings=json.dumps(new.conversion.settings))))
+    for path in files['.csv'], files['.json']:
+        if path: write_report(path, name, new.conversion)
     return new
