@@ -7,7 +7,7 @@ __all__ = ['conv_per_image', 'DynamicConv', 'exporting', 'DynamicConv1d', 'Dynam
            'local_conv', 'DynamicDepthwiseConv', 'DynamicDepthwiseConv1d', 'DynamicDepthwiseConv2d', 'Involution2d',
            'KernelAttention2d']
 
-# %% ../nbs/07_dynconv.ipynb #79d44e30
+# %% ../nbs/07_dynconv.ipynb #a33b61a2
 import math
 from collections import OrderedDict
 from itertools import product
@@ -19,6 +19,7 @@ from timm.layers import to_ntuple
 from torch import nn, Tensor
 from .activations import create_activation
 from .equivalence import attention
+from .position import RelPosBias
 
 # %% ../nbs/07_dynconv.ipynb #29a054fa
 def conv_per_image(
@@ -136,25 +137,38 @@ def anneal(
     for conv in convs: conv.anneal(epoch, **kwargs)
     return len(convs)
 
-# %% ../nbs/07_dynconv.ipynb #14b051aa
+# %% ../nbs/07_dynconv.ipynb #c08d9ac7
 class GeneratedConv2d(nn.Module):
-    "A standard convolution whose whole kernel one linear layer makes from GAP: `k^2 D^3` generator weights (section 3.3, kernel type)."
+    "A standard convolution whose whole kernel one linear layer makes: `k^2 D^3` generator weights (section 3.3, kernel type)."
     def __init__(self,
         dim: int,             # channels in and out, D
         kernel_size: int = 3, # k, odd
+        per: str = 'image',   # one kernel for each 'image', from GAP, or for each 'position', from the feature there
     ):
         super().__init__()
         if kernel_size % 2 == 0: raise ValueError(f'kernel_size={kernel_size} has no centre; choose an odd one')
-        self.dim, self.kernel_size = dim, kernel_size
-        self.generator = nn.Linear(dim, dim * dim * kernel_size ** 2)
+        if per not in ('position', 'image'): raise ValueError(f"unknown per={per!r}; choose 'position' or 'image'")
+        self.dim, self.kernel_size, self.per = dim, kernel_size, per
+        pool = nn.AdaptiveAvgPool2d(1) if per == 'image' else nn.Identity()
+        self.generator = nn.Sequential(OrderedDict(pool=pool, span=nn.Conv2d(dim, dim * dim * kernel_size ** 2, 1)))
 
     def kernels(self, x: Tensor) -> Tensor:
-        "(b, dim, h, w) to the kernels of each image, (b, dim, dim, k, k)"
-        return self.generator(x.mean((2, 3))).unflatten(1, (self.dim, self.dim, self.kernel_size, self.kernel_size))
+        "(b, dim, h, w) to the kernels, (b, dim, dim * k * k, h, w), or 1 and 1 in place of h and w where the image shares one"
+        return self.generator(x).unflatten(1, (self.dim, -1))
 
     def forward(self, x: Tensor) -> Tensor:
         "(b, dim, h, w) to (b, dim, h, w)"
-        return conv_per_image(x, self.kernels(x), padding=self.kernel_size // 2)
+        kernels, k = self.kernels(x), self.kernel_size
+        if self.per == 'image': return conv_per_image(x, kernels.reshape(len(x), self.dim, self.dim, k, k), padding=k // 2)
+        patches = F.unfold(x, k, padding=k // 2).unflatten(2, x.shape[2:])       # (b, dim * k * k, h, w)
+        return torch.einsum('boihw,bihw->bohw', kernels, patches)
+
+    def literal(self, x: Tensor) -> Tensor:
+        "The definition: at each position, the product of the kernel there with the neighbourhood."
+        (b, _, h, w), k = x.shape, self.kernel_size
+        kernels, x = self.kernels(x).expand(-1, -1, -1, h, w), F.pad(x, [k // 2] * 4)
+        y = [kernels[..., i, j] @ x[:, :, i:i + k, j:j + k].reshape(b, -1, 1) for i in range(h) for j in range(w)]
+        return torch.cat(y, 2).unflatten(2, (h, w))
 
 # %% ../nbs/07_dynconv.ipynb #b2774e83
 def local_conv(
@@ -271,7 +285,7 @@ class Involution2d(DynamicDepthwiseConv2d):
         "The mean of each block of stride x stride positions, cut off at the border"
         return nn.AvgPool2d(self.stride, self.stride, ceil_mode=True) if self.stride > 1 else nn.Identity()
 
-# %% ../nbs/07_dynconv.ipynb #1ce44f62
+# %% ../nbs/07_dynconv.ipynb #135121a1
 class KernelAttention2d(nn.Module):
     "Self-attention with dynamic kernels of k x k and a stride (section 5, future work). At k = 1 and stride 1 it is a `DynamicConvBlock`, state dict included."
     def __init__(self,
@@ -284,12 +298,17 @@ class KernelAttention2d(nn.Module):
         activation: str | nn.Module = 'softmax', # between the dynamic convolutions
         num_kernels: int | None = None,          # size of the bank, for activations with one weight a kernel
         selection=None,                          # a rule of `vitdynconv.selection`; None for all kernels
+        pos: str | None = None,                  # 'rel' for a relative position table
+        grid_size: int | tuple | None = None,    # (H, W) of the map, for pos='rel'
         evaluate: Callable = attention,          # evaluation of (q, k, v, activation, bias, mask)
     ):
         super().__init__()
         if dim % num_heads: raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the divisors of {dim}')
         if kernel_size % 2 == 0: raise ValueError(f'kernel_size={kernel_size} has no centre; choose an odd one')
+        if pos not in (None, 'rel') or (pos and grid_size is None): raise ValueError(f"pos={pos!r} with grid_size={grid_size}; choose None, or 'rel' with grid_size=(H, W)")
+        if pos and isinstance(selection, nn.Module): raise ValueError("pos='rel' ties a bias to each kernel, which a soft selection mixes; choose pos=None or a hard selection")
         self.num_heads, self.kernel_size, self.stride, self.selection, self.evaluate = num_heads, kernel_size, stride, selection, evaluate
+        self.position = RelPosBias(grid_size, num_heads) if pos else None
         taps = kernel_size ** 2
         self.query = nn.Conv2d(dim, dim, 1, bias=bias)
         self.key = nn.Conv2d(dim, dim * taps, 1, bias=bias)    # generates K_j: channels ordered (heads, d, taps)
@@ -302,14 +321,16 @@ class KernelAttention2d(nn.Module):
         k, v = [conv(x).flatten(2).unflatten(1, (self.num_heads, -1)).mT for conv in (self.key, self.value)]
         return self.selection(k, v) if isinstance(self.selection, nn.Module) else (k, v)
 
-    def mask(self, h: int, w: int, device=None) -> Tensor | None:
-        "(positions of the result, n) 0/1 selection, None for all"
-        if self.selection is None or isinstance(self.selection, nn.Module): return None
+    def bias_and_mask(self, h: int, w: int, device=None) -> dict:
+        "Position bias (heads, n', n) and 0/1 selection (n', n) of the n' positions of the result; None for none and for all"
+        rows = lambda t: t.unflatten(-2, (h, w))[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
+        bias = None if self.position is None else rows(self.position.bias())
+        if self.selection is None or isinstance(self.selection, nn.Module): return dict(bias=bias, mask=None)
         mask = self.selection.mask(h, w, device)
         if mask.shape[1] != h * w: raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size that they divide')
-        return mask.unflatten(0, (h, w))[::self.stride, ::self.stride].flatten(0, 1)
+        return dict(bias=bias, mask=rows(mask))
 
-# %% ../nbs/07_dynconv.ipynb #bd23e9bf
+# %% ../nbs/07_dynconv.ipynb #00a71192
 @patch
 def literal(self: KernelAttention2d,
     x: Tensor, # (b, dim, h, w)
@@ -319,7 +340,7 @@ def literal(self: KernelAttention2d,
     k, v = [t.flatten(0, 1).unflatten(2, (-1, *size)) for t in self.pair(x)]                                 # (b * heads, m, d, k, k)
     q = self.query(x).unflatten(1, (heads, -1)).flatten(0, 1)                                                # (b * heads, d, h, w)
     logits = conv_per_image(q, k, stride=self.stride, padding=pad)                                           # (b * heads, m, h', w')
-    weights = self.act(logits.flatten(2).mT.unflatten(0, (b, heads)), mask=self.mask(h, w, x.device))        # (b, heads, n', m)
+    weights = self.act(logits.flatten(2).mT.unflatten(0, (b, heads)), **self.bias_and_mask(h, w, x.device))  # (b, heads, n', m)
     y = conv_per_image(weights.flatten(0, 1).mT.unflatten(2, logits.shape[2:]), v.transpose(1, 2), padding=pad)
     return self.out(y.unflatten(0, (b, heads)).flatten(1, 2))
 
@@ -330,6 +351,6 @@ def forward(self: KernelAttention2d,
     "The same as attention over unfolded queries, folded back."
     (h, w), size, pad, s = x.shape[2:], self.kernel_size, self.kernel_size // 2, self.stride
     q = F.unfold(self.query(x), size, padding=pad, stride=s).unflatten(1, (self.num_heads, -1)).mT           # (b, heads, n', d * taps)
-    y = self.evaluate(q, *self.pair(x), self.act, mask=self.mask(h, w, x.device))                            # (b, heads, n', d * taps)
+    y = self.evaluate(q, *self.pair(x), self.act, **self.bias_and_mask(h, w, x.device))                      # (b, heads, n', d * taps)
     y = y.mT.flatten(1, 2).unflatten(1, (-1, size ** 2)).flip(2).flatten(1, 2)                               # (b, dim * taps, n')
     return self.out(F.fold(y, (math.ceil(h / s), math.ceil(w / s)), size, padding=pad))
