@@ -174,7 +174,7 @@ class DynamicConvAttention(TokenMixer):
         y = self.evaluate(q, k, v, act, bias=bias, mask=mask)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
-# %% ../nbs/05_attention.ipynb #5d247166
+# %% ../nbs/05_attention.ipynb #12b0fb02
 @patch
 def set_grid_size(self: TokenMixer,
     grid_size: int | tuple, # (H', W')
@@ -182,7 +182,8 @@ def set_grid_size(self: TokenMixer,
     "Move to another grid: the position table and LayerNorm's per-kernel weights are resized."
     new = to_2tuple(grid_size)
     if self.kernel_grid and new != self.kernel_grid:
-        if isinstance(getattr(self, 'act', None), nn.Module): resize_activation(self.act, self.kernel_grid, new, self.num_prefix_tokens)
+        if getattr(self, 'selection', None) is not None: self.selection.set_grid_size(new)   # the bank it makes keeps its size
+        elif isinstance(getattr(self, 'act', None), nn.Module): resize_activation(self.act, self.kernel_grid, new, self.num_prefix_tokens)
         self.kernel_grid = new
     RelPosBias.set_grid_size(self, new)
 
