@@ -10,16 +10,16 @@ __all__ = ['CONVENTIONS', 'ELEMENTWISE', 'REDUCTIONS', 'MOVES', 'MAKERS', 'FREE'
            'mixer_cost', 'total_cost', 'block_cost', 'vit_cost', 'SwinStage', 'swin_stages', 'swin_cost',
            'table3_formula', 'table3_count', 'einsum_score', 'corrections', 'table3']
 
-# %% ../nbs/12_cost.ipynb #8c784a5c
+# %% ../nbs/12_cost.ipynb #2623a910
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
-import csv, json, math, os, sys, tempfile
+from functools import partial, wraps
+import csv, io, json, math, os, re, sys
 from pathlib import Path
 from typing import Iterator, NamedTuple
-from fastcore.script import call_parse
+from fastcore.script import anno_parser
 from fvcore.nn.jit_analysis import JitModelAnalysis
 from fvcore.nn.jit_handles import batchnorm_flop_jit, conv_flop_jit, einsum_flop_jit, elementwise_flop_counter, get_shape
 import timm
@@ -428,7 +428,7 @@ BASES = {'deit_s': ('deit_small_patch16_224', dict(embed_dim=384, num_heads=6)),
          'swin_t': ('swin_tiny_patch4_window7_224', dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24))),
          'swin_b': ('swin_base_patch4_window7_224', dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)))}  # timm's name, sizes
 
-# %% ../nbs/12_cost.ipynb #50b1f0e8
+# %% ../nbs/12_cost.ipynb #cde08d8e
 def table3_formula(
     base: str, activation: str, kernel: str, pos: str, # a row of `PAPER`
 ) -> dict[str, Cost]:                                  # part -> cost
@@ -439,12 +439,13 @@ def table3_formula(
 
 def table3_count(
     base: str, activation: str, kernel: str, pos: str, # a row of `PAPER`
+    model: nn.Module | None = None,                    # timm's model of that base, if at hand
 ) -> Count:
     "One row of Table 3 by building the model, running it in the form that the paper counted, and scoring its operators."
-    model = convert(timm.create_model(BASES[base][0]), activation, kernel, pos, pos_per='channel' if (base, kernel) == ('swin_t', 'depthwise') else 'head')
+    model = convert(model or timm.create_model(BASES[base][0]), activation, kernel, pos, pos_per='channel' if (base, kernel) == ('swin_t', 'depthwise') else 'head')
     return count(model, 224, evaluate='merged' if base.startswith('deit') else 'literal')
 
-# %% ../nbs/12_cost.ipynb #cf2f2090
+# %% ../nbs/12_cost.ipynb #6e2f63f9
 def einsum_score(
     operations: int, # multiplications and additions, counted apart
 ) -> int:            # multiply-adds
@@ -461,16 +462,19 @@ def corrections(
         (n, p), dim, rounding = (197, 196), sizes['embed_dim'], einsum_score(2 * 196 ** 2 * sizes['embed_dim']) - 196 ** 2 * sizes['embed_dim']
         return ({'patches only': -12 * dim * Cost(n * n - p * p, 0, n - p)} if kernel == 'depthwise' else {}) | {'einsum': Cost(12 * rounding)}
     blocks = [(s.windows * s.window ** 4, s, shifted) for s in swin_stages(**sizes) for shifted in s.shifted]       # entries of one head's weights
-    if kernel == 'depthwise': return {'einsum': Cost(sum(einsum_score((2 + shifted) * entries * s.dim) - entries * s.dim for entries, s, shifted in blocks))}
+    if kernel == 'depthwise':                                                 # B K everywhere; in shifted blocks the mask is its third operand, and the mean an einsum too
+        masked = lambda n: einsum_score(3 * n) + einsum_score(2 * n) - 2 * n
+        return {'einsum': Cost(sum(masked(entries * s.dim) if shifted else einsum_score(2 * entries * s.dim) - entries * s.dim for entries, s, shifted in blocks))}
     return {'mask product': sum([Cost(einsum_score(entries * s.heads), 0, entries * s.heads) for entries, s, shifted in blocks if shifted], Cost())} if base == 'swin_b' else {}
 
-# %% ../nbs/12_cost.ipynb #93ccd1f9
+# %% ../nbs/12_cost.ipynb #bd800bff
 def table3() -> list[dict]: # one dictionary a row
     "Table 3: measured, corrected, and as the paper prints it. Raises AssertionError if a row's formula and measurement differ."
-    rows = []
+    rows, model, built = [], None, None
     for paper in PAPER:
         which = {k: paper[k] for k in ('base', 'activation', 'kernel', 'pos')}
-        ours, named = table3_count(**which).total, corrections(**which)
+        if built != which['base']: model, built = timm.create_model(BASES[which['base']][0]), which['base']     # one at a time in memory
+        ours, named = table3_count(**which, model=model).total, corrections(**which)
         assert ours == sum(table3_formula(**which).values(), Cost()), f'formula and measurement of {which} differ'
         theirs = sum(named.values(), ours)
         rows.append(which | dict(gflops=ours.gflops, mparams=ours.mparams, macts=ours.macts, correction='; '.join(named),
