@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MIXERS', 'REASONS', 'MODELS', 'foreign_attention', 'find_mixers', 'Weight', 'Conversion', 'compare',
            'set_class_token', 'set_pooling', 'PositionedPatchEmbed', 'set_position', 'Converted', 'DynamicConvViT',
-           'DynamicConvDistilledViT', 'DynamicConvSwin', 'check_settings', 'replace_mixer', 'convert', 'no_way_back',
-           'timm_mixer', 'to_timm', 'timm_model', 'read_weights', 'local_weights', 'write_whole', 'write_report',
-           'vdc_convert', 'convert_file']
+           'DynamicConvDistilledViT', 'DynamicConvSwin', 'check_settings', 'replace_mixer', 'operate', 'convert',
+           'no_way_back', 'timm_mixer', 'to_timm', 'timm_model', 'read_weights', 'local_weights', 'write_whole',
+           'write_report', 'vdc_convert', 'convert_file']
 
 # %% ../nbs/10_surgery.ipynb #31c34220
 import copy, csv, json, os, re, sys
@@ -174,9 +174,13 @@ def set_position(
         n = model.patch_embed.num_patches + (0 if model.no_embed_class else model.num_prefix_tokens)
         model.pos_embed = nn.Parameter(trunc_normal_(next(model.blocks.parameters()).new_empty(1, n, model.embed_dim), std=.02))
 
-# %% ../nbs/10_surgery.ipynb #35e206a4
+# %% ../nbs/10_surgery.ipynb #d83cc2b4
 class Converted:
     "What a converted model adds to timm's class."
+    def parts(self, attribute: str) -> list:
+        "The modules inside that have an attribute."
+        return [m for m in self.modules() if hasattr(m, attribute)]
+
     def no_weight_decay(self) -> set:
         "timm's set, and the position parameters."
         ours = {n for n, _ in self.named_parameters() if n.endswith(('relative_position_bias_table', 'pos_embed'))}
@@ -187,11 +191,11 @@ class DynamicConvViT(Converted, VisionTransformer):
     def set_input_size(self, img_size=None, patch_size=None):
         "timm's, then every mixer moves to the new grid."
         super().set_input_size(img_size, patch_size)
-        for mixer in find_mixers(self).values(): mixer.set_grid_size(self.patch_embed.grid_size)
+        for mixer in self.parts('set_grid_size'): mixer.set_grid_size(self.patch_embed.grid_size)
 
     def _pos_embed(self, x):
         if self.dynamic_img_size:
-            for mixer in find_mixers(self).values(): mixer.live_grid = tuple(x.shape[1:3])
+            for mixer in self.parts('live_grid'): mixer.live_grid = tuple(x.shape[1:3])
         return super()._pos_embed(x)
 
 # %% ../nbs/10_surgery.ipynb #78ddfa32
@@ -249,33 +253,45 @@ def replace_mixer(
         moved[f'{path}.relative_position_bias_table'] = (f'{path}.relative_position_bias_table', "each head's table for each of its channels")
     return moved
 
-# %% ../nbs/10_surgery.ipynb #bd107f7a
-def convert(
-    model: VisionTransformer | SwinTransformer, # from timm, or converted before; it is not changed
-    activation: str | nn.Module = 'softmax',    # a name in `ACTIVATIONS`, or a module, of which every block gets a copy
-    kernel: str = 'dense',                      # 'dense', or 'depthwise' for Eq. 5
-    pos: str | None = None,                     # 'abs', 'rel' or 'none'; None: as the model has it
-    class_token: bool | None = None,            # False: global average pooling; None: as the model has it
-    pos_per: str = 'head',                      # depth-wise with pos='rel': a table a 'head' or a 'channel'
-    evaluate: Callable | None = None,           # how the mixers are computed; None: the fastest evaluation known
-    **activation_options,                       # the activation's own options, such as `scale='num_kernels'`
-) -> nn.Module:                                 # the new model; its attribute `conversion` says what became of each weight
-    "Exchange activation, kernel type, position and pooling of a timm model. Softmax conversions compute what the model computed. ValueError, naming the module, for models that have another attention."
-    check_settings(model, activation, kernel, pos, class_token, pos_per)
+# %% ../nbs/10_surgery.ipynb #e343f92c
+def operate(
+    model: nn.Module,         # it is not changed
+    replace: Callable,        # called with the copy and the path of each mixer: puts a new one there, returns the weights that moved
+    pos: str | None,          # as in `convert`
+    class_token: bool | None, # as in `convert`
+    **settings,               # for the report
+) -> nn.Module:               # the new model, with its report in `conversion`
+    "The frame of every operation: copy, class token, position, mixers, report. Weights that were frozen stay so."
     find_mixers(model)
     new = copy.deepcopy(model)
     new.__class__ = MODELS.get(type(model), type(model))
     moved = set_class_token(new, class_token) if class_token is not None and isinstance(model, VisionTransformer) else {}
     if pos is not None: set_position(new, pos)
-    for path in find_mixers(new):
-        if kernel == 'depthwise': moved |= replace_mixer(new, path, DepthwiseSelfAttention.from_timm, pos, pos_per=pos_per, **dict(evaluate=evaluate) if evaluate else {})
-        else: moved |= replace_mixer(new, path, DynamicConvAttention.from_timm, pos, activation=copy.deepcopy(activation), activation_options=activation_options, **dict(evaluate=evaluate) if evaluate else {})
-    settings = dict(activation=activation if isinstance(activation, str) else type(activation).__name__, kernel=kernel, pos=pos, class_token=class_token)
-    new.conversion = Conversion(settings, compare(model.state_dict(), new.state_dict(), moved))
+    for path in find_mixers(new): moved |= replace(new, path)
+    new.conversion = Conversion(settings | dict(pos=pos, class_token=class_token), compare(model.state_dict(), new.state_dict(), moved))
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     for w in new.conversion.weights:
         if w.fate == 'kept' and (w.source or w.name) in frozen: new.get_parameter(w.name).requires_grad_(False)
     return new
+
+# %% ../nbs/10_surgery.ipynb #21d4ad64
+def convert(
+    model: nn.Module,                        # a ViT, DeiT or Swin of timm's, or one converted before; it is not changed
+    activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module, of which every block gets a copy
+    kernel: str = 'dense',                   # 'dense', or 'depthwise' for Eq. 5, which has no activation
+    pos: str | None = None,                  # 'abs', 'rel' or 'none'; None: as the model has it
+    class_token: bool | None = None,         # False: global average pooling; None: as the model has it
+    pos_per: str = 'head',                   # depth-wise with relative position: a table a 'head' or a 'channel'
+    evaluate: Callable | None = None,        # how the mixers are computed; None: by the fastest evaluation known
+    activation_options: dict | None = None,  # the activation's own options, such as dict(scale='num_kernels')
+) -> nn.Module:                              # the new model; its attribute `conversion` says what became of each weight
+    "Exchange activation, kernel type, position and pooling. Softmax conversions compute what the model computed. ValueError, naming the module, for models with another attention."
+    check_settings(model, activation, kernel, pos, class_token, pos_per)
+    how = dict(evaluate=evaluate) if evaluate else {}
+    if kernel == 'depthwise': make, how = DepthwiseSelfAttention.from_timm, how | dict(pos_per=pos_per)
+    else: make, how = DynamicConvAttention.from_timm, how | dict(activation=activation, activation_options=activation_options)
+    named = activation if isinstance(activation, str) else type(activation).__name__
+    return operate(model, lambda new, path: replace_mixer(new, path, make, pos, **copy.deepcopy(how)), pos, class_token, activation=named, kernel=kernel)
 
 # %% ../nbs/10_surgery.ipynb #7e751326
 def no_way_back(
@@ -320,7 +336,7 @@ def to_timm(
     vars(new).pop('conversion', None)
     return new
 
-# %% ../nbs/10_surgery.ipynb #228fa37d
+# %% ../nbs/10_surgery.ipynb #0376f8a4
 def timm_model(
     name: str,                             # in timm's registry
     pretrained: bool = False,              # with the weights that timm publishes: needs a download, once
@@ -330,7 +346,7 @@ def timm_model(
     "A model of timm's with its weights. ValueError for an unknown name, with close ones, or a file that does not fit; ConnectionError if nothing could be downloaded."
     arch = name.partition('.')[0]
     if not timm.is_model(arch):
-        close = get_close_matches(arch, timm.list_models('*vit*') + timm.list_models('*deit*') + timm.list_models('*swin*'), 3)
+        close = get_close_matches(arch, timm.list_models(['vit_*', 'deit*', 'swin_*']), 3)
         raise ValueError(f'unknown model {name!r}' + (f'; did you mean {" or ".join(close)}?' if close else "; timm.list_models('*vit*') has the names"))
     try: return timm.create_model(name, pretrained=pretrained or bool(checkpoint), **kwargs | (local_weights(arch, checkpoint) if checkpoint else {}))
     except OSError as e:
