@@ -134,7 +134,7 @@ class Dropped(nn.Module):
         "(..., n, m) to (..., n, m)"
         return self.drop(self.act(logits, bias=bias, mask=mask))
 
-# %% ../nbs/05_attention.ipynb #0ce9231d
+# %% ../nbs/05_attention.ipynb #09fe8010
 class DynamicConvAttention(TokenMixer):
     "Multi-head self-attention as dynamic convolutions, in place of timm's `Attention` or `WindowAttention` (section 3.2, Eq. 1, 2 and 4)."
     def __init__(self,
@@ -168,7 +168,7 @@ class DynamicConvAttention(TokenMixer):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.selection is not None: k, v = self.selection(k, v)    # (b, h, m, d)
         bias, mask = bias_and_mask(self, x, attn_mask if mask is None else mask, is_causal, getattr(self.act, 'bias_in_logits', False))
-        per_kernel = self.kernel_grid and self.live_grid not in (None, self.kernel_grid) and any(True for _ in self.act.parameters())
+        per_kernel = self.kernel_grid and self.live_grid not in (None, self.kernel_grid) and self.selection is None and any(True for _ in self.act.parameters())
         act = OnLiveGrid(self) if per_kernel else self.act
         if self.training and self.attn_drop.p: act = Dropped(act, self.attn_drop)
         y = self.evaluate(q, k, v, act, bias=bias, mask=mask)

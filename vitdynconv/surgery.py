@@ -6,7 +6,7 @@
 __all__ = ['MIXERS', 'REASONS', 'MODELS', 'foreign_attention', 'find_mixers', 'Weight', 'Conversion', 'compare',
            'set_class_token', 'set_pooling', 'PositionedPatchEmbed', 'set_position', 'Converted', 'DynamicConvViT',
            'DynamicConvDistilledViT', 'DynamicConvSwin', 'check_settings', 'replace_mixer', 'operate', 'convert',
-           'no_way_back', 'timm_mixer', 'to_timm', 'timm_model', 'read_weights', 'local_weights', 'write_whole',
+           'no_way_back', 'timm_mixer', 'to_timm', 'timm_model', 'read_weights', 'classes_in', 'write_whole',
            'write_report', 'vdc_convert', 'convert_file']
 
 # %% ../nbs/10_surgery.ipynb #31c34220
@@ -336,7 +336,7 @@ def to_timm(
     vars(new).pop('conversion', None)
     return new
 
-# %% ../nbs/10_surgery.ipynb #0376f8a4
+# %% ../nbs/10_surgery.ipynb #750ad0bf
 def timm_model(
     name: str,                             # in timm's registry
     pretrained: bool = False,              # with the weights that timm publishes: needs a download, once
@@ -348,14 +348,15 @@ def timm_model(
     if not timm.is_model(arch):
         close = get_close_matches(arch, timm.list_models(['vit_*', 'deit*', 'swin_*']), 3)
         raise ValueError(f'unknown model {name!r}' + (f'; did you mean {" or ".join(close)}?' if close else "; timm.list_models('*vit*') has the names"))
-    try: return timm.create_model(name, pretrained=pretrained or bool(checkpoint), **kwargs | (local_weights(arch, checkpoint) if checkpoint else {}))
+    if checkpoint: kwargs |= dict(pretrained_cfg_overlay=dict(file=str(checkpoint)) | classes_in(checkpoint))   # timm takes the file for its pretrained weights
+    try: return timm.create_model(name, pretrained=pretrained or bool(checkpoint), **kwargs)
     except OSError as e:
         raise ConnectionError(f'the pretrained weights of {name!r} could not be downloaded ({str(e).splitlines()[0]}); check the connection, or pass checkpoint=FILE with weights fetched elsewhere') from e
     except (RuntimeError, KeyError, SafetensorError) as e:
         if not checkpoint: raise
         raise ValueError(f'{checkpoint} does not fit {name!r}: {" ".join(str(e).split())[:300]}') from e
 
-# %% ../nbs/10_surgery.ipynb #69bf546e
+# %% ../nbs/10_surgery.ipynb #8dc2bc0b
 def read_weights(
     path: str | Path,      # .safetensors or .pth; averaged weights inside are preferred, as timm does
 ) -> dict[str, Tensor]:    # state dict
@@ -366,10 +367,12 @@ def read_weights(
     if not (isinstance(state, dict) and state and all(isinstance(w, Tensor) for w in state.values())): raise ValueError(f'{path} holds no state dict; give a file of named tensors')
     return state
 
-def local_weights(arch: str, path: str | Path) -> dict:
-    "What timm needs to take a file for its pretrained weights: the path, and how many classes the head in it has."
-    heads = [w for name in ('head.weight', 'head.fc.weight') if (w := read_weights(path).get(name)) is not None]
-    return dict(pretrained_cfg_overlay=dict(file=str(path)) | ({'num_classes': len(heads[0])} if heads else {}))
+def classes_in(
+    path: str | Path, # of a checkpoint
+) -> dict:            # {'num_classes': n}, or nothing if it has no head
+    "How many classes the head in a checkpoint has."
+    state = read_weights(path)
+    return {'num_classes': len(state[name]) for name in ('head.weight', 'head.fc.weight') if name in state}
 
 # %% ../nbs/10_surgery.ipynb #e72a7772
 def write_whole(
