@@ -8,10 +8,10 @@ __all__ = ['CrossEntropy', 'parameter_groups', 'GroupedOptim', 'warmup_cosine', 
            'Accumulation', 'WeightAverage', 'AverageAccuracy', 'start_processes', 'Distributed', 'SetEpoch',
            'RecipeLearner', 'recipe_callbacks', 'create_learner']
 
-# %% ../nbs/22_learner.ipynb #f53b1a01
-import datetime
+# %% ../nbs/22_learner.ipynb #3c79d8d5
 import sys
 import time
+from datetime import timedelta
 import torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.all import *
@@ -232,7 +232,7 @@ class AverageAccuracy(Mean):
     def __init__(self, averaging): super().__init__(top_k, 'ema_accuracy'); self.averaging = averaging
     def accumulate(self, learn): self.add(self.func(self.averaging.logits, *learn.yb))
 
-# %% ../nbs/22_learner.ipynb #f914e30a
+# %% ../nbs/22_learner.ipynb #efc27778
 def start_processes(
     timeout=600,  # seconds that one process waits for another before the run ends with an error
 ) -> tuple:       # (rank, processes, device of this one)
@@ -241,10 +241,10 @@ def start_processes(
     device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
     if cuda: torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if cuda else 'gloo', timeout=datetime.timedelta(seconds=timeout))
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout))
     return rank, world, device
 
-# %% ../nbs/22_learner.ipynb #94d19b9c
+# %% ../nbs/22_learner.ipynb #407040ad
 class Distributed(Callback):
     "Gradients averaged over processes; loaders stay as they are, validation uses the bare model."
     order = MixedPrecision.order + 1
@@ -252,7 +252,7 @@ class Distributed(Callback):
         device = next(self.model.parameters()).device
         ids = [device] if device.type == 'cuda' else None
         self.bare = self.model
-        self.wrapped = DistributedDataParallel(self.bare, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.wrapped = DistributedDataParallel(self.bare, device_ids=ids, gradient_as_bucket_view=True)
     def before_train(self): self.learn.model = self.wrapped
     def before_validate(self): self.learn.model = self.bare
     def after_fit(self): self.learn.model, self.wrapped = self.bare, None
