@@ -28,7 +28,7 @@ def peak_memory(device) -> float:
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
-# %% ../nbs/22b_logbook.ipynb #243dd41f
+# %% ../nbs/22b_logbook.ipynb #f37e4951
 class StepLog(Callback):
     "Every `every` steps a line with speed, data wait, learning rate, gradient norm and memory; the epoch's go into its history row."
     order, run_valid = Recorder.order + 5, False
@@ -47,7 +47,12 @@ class StepLog(Callback):
         tqdm.write(f'epoch {self.epoch + 1} step {self.iter + 1}/{self.n_iter}: loss {float(self.smooth_loss):.4f}, '
                    f'{m["images_per_second"]:,.0f} images/s, waiting for data {m["data_wait"]:.0%}, lr {self.recorder.lrs[-1]:.2e}, '
                    f'gradient norm {m["gradient_norm"] or math.nan:.2f}, peak memory {m["peak_memory"]:.2f} GB', file=sys.stdout)
-    def after_train(self): self.last = self.measures()
+    def after_train(self):
+        self.last = self.measures()
+        skipped = getattr(self.dls.train, 'skipped', ())
+        if skipped and not rank_distrib():
+            print(f'{len(skipped)} training images could not be read so far and were replaced: {", ".join(map(str, skipped[:3]))}', flush=True)
+        if hasattr(self.dls.train, 'skipped'): self.last['skipped_images'] = len(skipped)
     def after_epoch(self):
         if self.recorder.train_loss.count and self.learn.history: self.learn.history[-1].update(self.last)
 
