@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GENERATORS', 'LOST', 'SPACE', 'RULES', 'CASES', 'KernelSpec', 'generators', 'find_mixers', 'Opened', 'gradient',
            'reacts', 'selected', 'cares_where', 'bounded', 'fan_in', 'rank', 'is_pair', 'reach', 'mixtures',
-           'bank_size', 'describe_mixer', 'centre', 'describe_bank', 'describe_position', 'example_input', 'describe',
-           'windows_around', 'uses_pos_embed', 'table1', 'generator_weights', 'why_not', 'Cell', 'design_space',
-           'OnMap', 'Windowed', 'AbsolutePosition', 'LearnedMean', 'build_pair', 'build_single', 'build',
-           'depthwise_by_position', 'literally', 'against_definition', 'case', 'normal', 'prepared', 'shared',
+           'bank_size', 'describe_mixer', 'roomy', 'centre', 'describe_bank', 'describe_position', 'example_input',
+           'describe', 'block_around', 'inputs_of', 'uses_pos_embed', 'table1', 'generator_weights', 'why_not', 'Cell',
+           'design_space', 'OnMap', 'Windowed', 'AbsolutePosition', 'LearnedMean', 'build_pair', 'build_single',
+           'build', 'depthwise_by_position', 'literally', 'against_definition', 'case', 'normal', 'prepared', 'shared',
            'vit_torch', 'vit_timm', 'swin', 'linformer', 'dconv_sum', 'dconv_timm', 'by_unfold', 'depthwise_case',
            'activation_case', 'merged', 'relative', 'depthwise', 'kernels_kxk', 'kernels_1x1', 'strided',
            'equivalence_table', 'vdc_equiv']
@@ -77,7 +77,7 @@ def find_mixers(
     "All modules that make kernels."
     return {path: m for path, m in module.named_modules() if generators(m)[0]}
 
-# %% ../nbs/08_framework.ipynb #c5a918bc
+# %% ../nbs/08_framework.ipynb #fdcbc968
 class Opened:
     "A token mixer cut open: `core = f(q, kernels(z))`, with the feature map q and the kernels of an image z apart."
     def __init__(self,
@@ -95,7 +95,7 @@ class Opened:
         self.tables = [p for name, p in module.named_parameters() if name.endswith('relative_position_bias_table')]
         if neutral:
             if isinstance(self.act, Activation): self.mixer.act = create_activation('softmax', head_dim=self.act.head_dim or 16)
-            for table in self.tables: table.fill_(table.mean())
+            for table in self.tables: table.zero_()
         self.entry = self.layers[0] if self.parts else getattr(self.mixer, 'query', None)    # where q comes in; None: q is the input
         self.tail = getattr(self.mixer, 'proj', None) or getattr(self.mixer, 'out', None)    # the static convolution that follows
 
@@ -137,7 +137,7 @@ def __call__(self: Opened,
     y = seen[0] if seen else y
     return y.reshape(-1, y.shape[-1]) if self.parts else y.flatten(2)[0].T
 
-# %% ../nbs/08_framework.ipynb #9942c8b2
+# %% ../nbs/08_framework.ipynb #e2c0d7cc
 def gradient(
     o: Opened,
     p: int,                     # position of the output
@@ -148,8 +148,8 @@ def gradient(
     "How the output at one position reacts."
     q, z = q.detach().requires_grad_(), z.detach().requires_grad_()
     out = o(q, o.kernels(z))[p]
-    w = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype) if channel is None else F.one_hot(torch.tensor(channel), len(out)).to(out)
-    return torch.autograd.grad(out @ w, q if of == 'feature' else z, materialize_grads=True)[0]
+    w = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)) if channel is None else F.one_hot(torch.tensor(channel), len(out))
+    return torch.autograd.grad(out @ w.to(out), q if of == 'feature' else z, materialize_grads=True)[0]
 
 def reacts(t: Tensor) -> Tensor:
     "bool: where a gradient is not zero but for rounding"
@@ -199,21 +199,24 @@ def reach(o: Opened, p: int, q: Tensor, z: Tensor, stride: int) -> int:
     centre = p // math.prod(math.ceil(n / stride) for n in g.shape[3:]) * stride
     return 1 + 2 * int(max(rows[:centre].sum(), rows[centre + 1:].sum()))
 
-# %% ../nbs/08_framework.ipynb #02cb2927
+# %% ../nbs/08_framework.ipynb #fe4bbc71
 def mixtures(o: Opened, q: Tensor, z: Tensor) -> int:
     "Number of kernels after a soft selection from a bank of pairs."
     made = o.kernels(z)
     k, v = made[0].chunk(2, -1) if o.parts else made
     v = v.detach().requires_grad_()
-    y = o(q, [torch.cat([k, v], -1)] if o.parts else [k, v])[:, 0]
-    rows = [torch.autograd.grad(out, v, retain_graph=True)[0] for out in y]
-    return rank(torch.stack([r.reshape(-1, r.shape[-1])[:, 0] if o.parts else r[0, 0].flatten() for r in rows]))
+    y, rows = o(q, [torch.cat([k, v], -1)] if o.parts else [k, v])[:, 0], []
+    for i, out in enumerate(y, 1):
+        g, = torch.autograd.grad(out, v, retain_graph=True)
+        rows.append(g.reshape(-1, g.shape[-1])[:, 0] if o.parts else g[0, 0].flatten())
+        if math.log2(i).is_integer() and rank(torch.stack(rows)) < i: break                 # more outputs would add nothing
+    return rank(torch.stack(rows))
 
 def bank_size(o: Opened, q: Tensor, images: int = 16) -> int:
     "Number of kernels in a static bank, up to the number of images tried."
     return rank(torch.stack([o(q, o.kernels(torch.randn_like(o.x))).flatten() for _ in range(images)]))
 
-# %% ../nbs/08_framework.ipynb #4400ad57
+# %% ../nbs/08_framework.ipynb #9c393fa4
 def describe_mixer(
     module: nn.Module,      # a token mixer, or a block around it
     x: Tensor,              # an input of it, for its shape
@@ -221,6 +224,8 @@ def describe_mixer(
     call: str = '__call__', # what to call: '_attn' for a Swin block
 ) -> KernelSpec:
     "Derive the specification of one token mixer from its behaviour on random images."
+    layers, parts = generators(module)
+    if layers and not parts and not hasattr(module, 'query'): x = roomy(module, x)
     o = Opened(module, x[:1], path, call)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -235,7 +240,18 @@ def describe_mixer(
     act = getattr(o.act, 'name', 'softmax') if kind == 'pair' else None
     return KernelSpec(bank, selection, kind, size, act, describe_position(module, x[:1], path, call), num_kernels)
 
-# %% ../nbs/08_framework.ipynb #212cce7c
+# %% ../nbs/08_framework.ipynb #ac2e52f3
+def roomy(
+    conv: nn.Module, # a mixer that is a convolution
+    x: Tensor,       # (b, c, *map), an input of it
+) -> Tensor:         # (1, c, *map), at least 15 wide, or x if the module takes only its size
+    "A map large enough to see the whole kernel of a convolution: on a small one the border hides a part of it."
+    larger = torch.zeros(1, x.shape[1], *[max(15, n) for n in x.shape[2:]]).to(x)
+    try:
+        with torch.no_grad(): copy.deepcopy(conv).eval()(larger)
+    except (RuntimeError, ValueError): return x
+    return larger
+
 def centre(
     positions: int, # of the output
     q: Tensor,      # feature map
@@ -267,47 +283,53 @@ def describe_position(
     grads = torch.autograd.grad(o.run(o.x).square().sum(), tables, materialize_grads=True)
     return 'rel' if any(g.any() for g in grads) else None
 
-# %% ../nbs/08_framework.ipynb #a8bae2cd
+# %% ../nbs/08_framework.ipynb #42d0a405
 def example_input(
     module: nn.Module, # a mixer, a Swin block, or a model of timm's
 ) -> Tensor:           # a random input
     "An input for a module that does not come with one. ValueError, asking for `x`, if none can be derived."
     size = getattr(getattr(module, 'patch_embed', None), 'img_size', None) or (getattr(module, 'pretrained_cfg', None) or {}).get('input_size', (0, 0))[-2:]
-    if size[0]: return torch.randn(1, next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), *size)
+    random = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if size[0]: return random(1, next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), *size)
     layers, parts = generators(module)
     if not layers: raise ValueError(f'{type(module).__name__} does not say what its input looks like; pass x, an example')
     weight = next(p for p in layers[0].parameters() if p.ndim > 1)
-    if not parts: return torch.randn(1, weight.shape[1], *[12] * getattr(module, 'ndim', 2))
+    if not parts: return random(1, weight.shape[1], *[12 if hasattr(module, 'query') else 15] * getattr(module, 'ndim', 2))
     grid = getattr(module, 'kernel_grid', None) or getattr(module, 'window_size', None) or getattr(getattr(module, 'selection', None), 'grid_size', None) or (4, 4)
-    return torch.randn(1, math.prod(grid) + getattr(module, 'num_prefix_tokens', 0), weight.shape[1])
+    return random(1, math.prod(grid) + getattr(module, 'num_prefix_tokens', 0), weight.shape[1])
 
-# %% ../nbs/08_framework.ipynb #1969fa79
+# %% ../nbs/08_framework.ipynb #ae47da58
 def describe(
     module: nn.Module,       # a token mixer, a block, or a whole model
     x: Tensor | None = None, # an input of it; made up where the module says enough about itself
 ) -> KernelSpec | dict[str, KernelSpec]: # of a mixer; for anything larger, path -> specification of each mixer in it
     "Derive bank, selection, type, size, activation and position of live modules by experiment. ValueError if there is no token mixer."
-    x = (example_input(module) if x is None else x).to(next(module.parameters()))
+    x = (example_input(module) if x is None else x[:1]).to(next(module.parameters()))
     if generators(module)[0]: return describe_mixer(module, x)
-    owner = {path: windows_around(module, path) for path in find_mixers(module)}
-    if not owner: raise ValueError(f'{type(module).__name__} has no token mixer: no layer named {", ".join(GENERATORS)}')
-    seen, specs = {}, {}
-    with ExitStack() as stack, torch.no_grad():
-        for name in set(owner.values()):
-            stack.callback(module.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, args[0].detach().clone())).remove)
-        module(x)
-    absolute = uses_pos_embed(module, x)
-    for path, name in owner.items():
-        where = dict(path=path.removeprefix(name).lstrip('.'), call='_attn') if name != path else {}
-        spec = describe_mixer(module.get_submodule(name), seen[name], **where)
+    block = {path: block_around(module, path) for path in find_mixers(module)}
+    if not block: raise ValueError(f'{type(module).__name__} has no token mixer: no layer named {", ".join(GENERATORS)}')
+    seen, specs, absolute = inputs_of(module, x, {*block, *block.values()}), {}, uses_pos_embed(module, x)
+    for path, outer in block.items():
+        cut = len(seen[path]) > len(seen[outer])                                 # did the block make a batch of windows of the map?
+        where = dict(path=path.removeprefix(outer).lstrip('.'), call='_attn') if cut else {}
+        spec = describe_mixer(module.get_submodule(outer if cut else path), seen[outer if cut else path], **where)
         specs[path] = replace(spec, position='abs') if absolute and spec.position is None else spec
     return specs
 
-def windows_around(module: nn.Module, path: str) -> str:
-    "The path of the block that cuts windows for the mixer at `path`, or the mixer's own."
+# %% ../nbs/08_framework.ipynb #a5cabb30
+def block_around(module: nn.Module, path: str) -> str:
+    "The path of the block whose `_attn` runs the mixer at `path`; without one the mixer's own."
     steps = path.split('.')
     parents = ['.'.join(steps[:i]) for i in range(len(steps) - 1, -1, -1)]
     return next((p for p in parents if hasattr(module.get_submodule(p), '_attn')), path)
+
+def inputs_of(module: nn.Module, x: Tensor, paths) -> dict[str, Tensor]:
+    "What goes into each of these submodules when the module runs on x"
+    seen = {}
+    with ExitStack() as stack, torch.no_grad():
+        for path in paths: stack.callback(module.get_submodule(path).register_forward_pre_hook(lambda m, args, path=path: seen.setdefault(path, args[0].clone())).remove)
+        module(x)
+    return seen
 
 def uses_pos_embed(module: nn.Module, x: Tensor) -> bool:
     "Does the output of the model depend on a parameter `pos_embed`?"
@@ -316,15 +338,14 @@ def uses_pos_embed(module: nn.Module, x: Tensor) -> bool:
     with torch.enable_grad(): grad, = torch.autograd.grad(module(x).square().sum(), pos_embed, materialize_grads=True)
     return bool(grad.any())
 
-# %% ../nbs/08_framework.ipynb #c6aa7501
+# %% ../nbs/08_framework.ipynb #34190605
 LOST = {'Kernel Type': 4, 'Kernel Size': 5}  # how many of Table 1's cells, from the top, are missing from the paper's text
 
 def table1() -> list[dict]: # one dict a network: its name and the four dimensions; cells inferred rather than printed in [brackets]
     "Table 1 of the paper, derived from live modules of its five networks (section 3.3)."
-    torch.manual_seed(0)
-    tokens, fmap = torch.randn(1, 64, 32), torch.randn(1, 32, 9, 9)
+    tokens, fmap = torch.ones(1, 64, 32), torch.ones(1, 32, 9, 9)
     networks = {'ViT': describe(Attention(32, 2), tokens),
-                'Swin Transformer': describe(nn.Sequential(SwinTransformerBlock(32, (8, 8), 2, window_size=4)), torch.randn(1, 8, 8, 32))['0.attn'],
+                'Swin Transformer': describe(nn.Sequential(SwinTransformerBlock(32, (8, 8), 2, window_size=4)), torch.ones(1, 8, 8, 32))['0.attn'],
                 'Linformer': describe(DynamicConvAttention(32, 2, selection=ProjectedKernels(8, 16, 2)), tokens),
                 'Dynamic Conv.': describe(DynamicConv2d(32, 32, 3, padding=1), fmap),
                 'Dynamic DW-Conv.': describe(DynamicDepthwiseConv2d(32, 7), fmap)}
