@@ -7,7 +7,7 @@ NB ?=
 export MPLBACKEND ?= agg
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks readme docs bench study clean
+.PHONY: help demo test lab notebooks readme docs clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -41,12 +41,6 @@ docs: $(READY) ## build the site into _docs/
 	  "https://quarto.org/docs/download/ and put 'quarto' on the PATH" >&2; exit 1; }
 	@$(BIN)/python .ci/notebooks.py readme  # newer than the index, so that nbdev leaves it alone
 	@$(BIN)/nbdev_docs
-
-bench: $(READY) ## compare speeds with timm's models
-	@$(BIN)/vdc_bench
-
-study: $(READY) ## train the variants that the convergence page compares
-	@$(BIN)/python .ci/study.py
 
 clean: ## remove what was built, the environment too
 	rm -rf .venv build dist demo _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis

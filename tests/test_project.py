@@ -67,6 +67,15 @@ def test_workflows_run_the_same_commands():
     assert re.fullmatch(r"\d+\.\d+\.\d+", str(quarto))
 
 
+def test_make_calls_what_exists():
+    text = (ROOT/"Makefile").read_text()
+    scripts = (ROOT/"settings.ini").read_text()
+    for command in re.findall(r"\$\(BIN\)/(vdc_\w+)", text): assert f"{command}=" in scripts
+    for script in re.findall(r"\.ci/[\w.]+", text): assert (ROOT/script).exists(), script
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split(): assert f"make {target} - " in listed
+
+
 # The notebooks
 
 @notebooks
