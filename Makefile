@@ -4,8 +4,6 @@ BIN := .venv/bin
 READY := .venv/.ready
 NB ?=
 
-export MPLBACKEND ?= agg
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab notebooks readme docs clean
 

@@ -55,6 +55,7 @@ def run_one(path):
 def run(names):
     from nbclient.exceptions import CellExecutionError
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # importing fastai 2.8 brings it up
+    os.environ.pop("MPLBACKEND", None)  # figures are shown inline
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     start = time.time()
     for path in [Path(n).resolve() for n in names] or reading_order():
