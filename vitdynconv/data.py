@@ -228,7 +228,7 @@ def show_results(self: EpochLoader, b, out, max_n=9, nrows=None, figsize=None):
     titles = [name if name == guess else f'{name} taken for {guess}' if name else guess for name, guess in zip(truth, predicted)]
     self.show_batch(b, max_n, nrows, figsize, titles)
 
-# %% ../nbs/20_data.ipynb #a4b7dcc0
+# %% ../nbs/20_data.ipynb #34d66e1c
 class TensorSet:
     "Normalized images and labels held as tensors."
     def __init__(
@@ -237,7 +237,7 @@ class TensorSet:
         labels: Tensor,    # (n,) class numbers, or None
         vocab: list,       # names of the classes
         mean=(0.,), std=(1.,),  # what the images were normalized with, channel by channel
-        shift=0,           # training draws move the image by up to so many pixels each way
+        shift=0,           # every other training draw moves its image by up to so many pixels each way
     ):
         self.images, self.labels, self.vocab, self.mean, self.std, self.shift = images, labels, vocab, mean, std, shift
 
@@ -264,7 +264,7 @@ def shift_images(
     moved = x[image[:, None, None], :, rows[:, :, None], cols[:, None, :]]  # (b, h, w, c)
     return moved.permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/20_data.ipynb #9a16f1d6
+# %% ../nbs/20_data.ipynb #a37242e7
 class TensorLoader(EpochLoader):
     "Batches indexed out of tensors on the device."
     def to(self, device):
@@ -274,7 +274,8 @@ class TensorLoader(EpochLoader):
     def batches(self):
         data, (positions, images) = self.dataset, self.draws()
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
-        offsets = torch.randint(-data.shift, data.shift + 1, (self.total, 2), generator=generator)[positions]
+        offsets = torch.randint(-data.shift, data.shift + 1, (self.total, 2), generator=generator)
+        offsets = (offsets * torch.randint(2, (self.total, 1), generator=generator))[positions]  # every other draw stays in place
         for index, offset in zip(images.split(self.bs), offsets.split(self.bs)):
             index = index.to(self.device)
             x = data.images[index]
@@ -310,14 +311,14 @@ def enlarge(x: Tensor, size: int) -> Tensor:
     "Images resized to `size` pixels a side, bicubic."
     return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode='bicubic', align_corners=False).clamp(0, 1)
 
-# %% ../nbs/20_data.ipynb #6b3791e4
+# %% ../nbs/20_data.ipynb #5ebb738d
 def digits_dls(
     batch_size=16,  # images a step, over all processes
     seed=0,         # decides the order of the images and their shifts, epoch by epoch
     valid_pct=0.2,  # share of the images held out
     size=16,        # pixels a side; the digits themselves have 8
     channels=1,     # 1, or 3 equal ones for a model that wants RGB
-    shift=1,        # training draws move a digit by up to so many pixels each way
+    shift=1,        # every other training draw moves its digit by up to so many pixels each way
     split_seed=42,  # decides which images are held out, whatever `seed` is
     rank=0,         # this process
     world=1,        # processes that share an epoch
@@ -383,7 +384,7 @@ def clutter(
     covered = inside[:, 1, :, None] & inside[:, 0, None, :]
     return torch.where(covered[:, None], cover, picture)
 
-# %% ../nbs/20_data.ipynb #c6b53c70
+# %% ../nbs/20_data.ipynb #11bce25a
 def cluttered_digits_dls(
     batch_size=32,     # images a step, over all processes
     seed=0,            # decides the order of the images and their shifts, epoch by epoch
@@ -391,7 +392,7 @@ def cluttered_digits_dls(
     copies=4,          # pictures made of each digit, each with a place and clutter of its own
     valid_pct=0.2,     # share of the digits held out
     channels=3,        # 3, or 1 for grey
-    shift=2,           # training draws move the picture by up to so many pixels each way
+    shift=2,           # every other training draw moves its picture by up to so many pixels each way
     data_seed=42,      # decides the pictures and which digits are held out
     rank=0, world=1,   # this process, and how many share an epoch
     device=None,       # where batches are put; the CPU by default
