@@ -137,7 +137,7 @@ def anneal(
     for conv in convs: conv.anneal(epoch, **kwargs)
     return len(convs)
 
-# %% ../nbs/07_dynconv.ipynb #c08d9ac7
+# %% ../nbs/07_dynconv.ipynb #68a017bd
 class GeneratedConv2d(nn.Module):
     "A standard convolution whose whole kernel one linear layer makes: `k^2 D^3` generator weights (section 3.3, kernel type)."
     def __init__(self,
@@ -159,9 +159,9 @@ class GeneratedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         "(b, dim, h, w) to (b, dim, h, w)"
         kernels, k = self.kernels(x), self.kernel_size
-        if self.per == 'image': return conv_per_image(x, kernels.reshape(len(x), self.dim, self.dim, k, k), padding=k // 2)
+        if self.per == 'image' and not exporting(): return conv_per_image(x, kernels.reshape(len(x), self.dim, self.dim, k, k), padding=k // 2)
         patches = F.unfold(x, k, padding=k // 2).unflatten(2, x.shape[2:])       # (b, dim * k * k, h, w)
-        return torch.einsum('boihw,bihw->bohw', kernels, patches)
+        return torch.einsum('boihw,bihw->bohw', kernels.expand(-1, -1, -1, *x.shape[2:]), patches)
 
     def literal(self, x: Tensor) -> Tensor:
         "The definition: at each position, the product of the kernel there with the neighbourhood."
