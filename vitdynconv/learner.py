@@ -8,7 +8,8 @@ __all__ = ['CrossEntropy', 'parameter_groups', 'GroupedOptim', 'warmup_cosine', 
            'Accumulation', 'WeightAverage', 'AverageAccuracy', 'start_processes', 'Distributed', 'SetEpoch',
            'RecipeLearner', 'recipe_callbacks', 'create_learner']
 
-# %% ../nbs/22_learner.ipynb #3c79d8d5
+# %% ../nbs/22_learner.ipynb #8255a18c
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -157,7 +158,7 @@ class EpochRecorder(Recorder):
                     seconds=round(time.time() - self.start_epoch, 2))
     def after_fit(self): self.read_losses()
 
-# %% ../nbs/22_learner.ipynb #b8d9a30d
+# %% ../nbs/22_learner.ipynb #28ac043c
 class Progress(Callback):
     "A bar on a terminal; one plain line an epoch everywhere."
     order = 60
@@ -170,7 +171,8 @@ class Progress(Callback):
         self.close()
         if not self.create_mbar or rank_distrib(): return
         label = f'epoch {self.epoch + 1}/{self.n_epoch} {part}'
-        self.bar = tqdm(total=len(self.dl), desc=label, leave=False, file=sys.stdout, disable=None, dynamic_ncols=True)
+        columns, lines = shutil.get_terminal_size()      # 80 x 24 where a terminal does not know its size
+        self.bar = tqdm(total=len(self.dl), desc=label, leave=False, file=sys.stdout, disable=None, ncols=columns - 1, nrows=lines)
     def after_batch(self):
         if getattr(self, 'bar', None) is not None: self.bar.update()
     def close(self):

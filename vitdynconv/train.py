@@ -23,37 +23,17 @@ from .logbook import TRACKERS, EachEpoch, FiniteLoss, StepLog, check_trackers, p
 from .models import create_model
 from .recipes import RECIPES, Recipe
 
-# %% ../nbs/23_train.ipynb #17a2be9d
-import typing
-def _load(path): return Recipe(**json.loads(Path(path).read_text()))
-def _save(self, path):
-    with replacing(path) as f: f.write(json.dumps(dataclasses.asdict(self), indent=1).encode())
-def _override(self, **kw):
-    hints=typing.get_type_hints(Recipe)
-    for k,v in kw.items():
-        if k not in hints: raise ValueError(f'{k!r} is no field of a recipe')
-        if isinstance(v,str): 
-            t=str(hints[k])
-            v = (int(v) if hints[k] is int else float(v) if 'float' in t else v in ('1','yes','True') if 'bool' in t else v)
-        kw[k]=v
-    return self.replace(**kw)
-Recipe.load, Recipe.save, Recipe.override = staticmethod(_load), _save, _override
-
-# %% ../nbs/23_train.ipynb #101b7366
+# %% ../nbs/23_train.ipynb #9b06a842
 def choose_recipe(
     name,       # of `RECIPES`, or a `recipe.json`
     settings,   # dict: field -> text or None
     extra='',   # more of the kind 'field=value field=value'
 ) -> Recipe:
     "A recipe by name or file, with fields changed. ValueError for a name, a field or a value that does not exist."
-    pairs = [item.partition('=') for item in extra.split()]
-    wrong = [name for name, equals, value in pairs if not equals]
-    if wrong: raise ValueError(f'--set {wrong[0]!r}: write field=value, for example --set "lr=5e-4 epochs=3"')
-    settings = {name: value for name, value in settings.items() if value is not None} | {name: value for name, _, value in pairs}
     if name in RECIPES: recipe = RECIPES[name]
     elif Path(name).is_file(): recipe = Recipe.load(name)
     else: raise ValueError(f'recipe={name!r}: choose from {", ".join(RECIPES)}, or give a recipe.json')
-    return recipe.override(**settings)
+    return recipe.override(extra, **{name: text for name, text in settings.items() if text is not None})
 
 # %% ../nbs/23_train.ipynb #a8a4e1f6
 def recipe_dls(
