@@ -13,8 +13,9 @@ from torch import nn
 
 from vitdynconv.activations import ACTIVATIONS, create_activation
 from vitdynconv.attention import DynamicConvAttention
-from vitdynconv.conv import assert_equal, difference
-from vitdynconv.equivalence import attention
+from vitdynconv.conv import assert_equal, difference, to_map, to_tokens
+from vitdynconv.dynconv import KernelAttention2d
+from vitdynconv.equivalence import attention, attention_to_convs, convs_to_attention
 from vitdynconv.selection import SHARING, AllKernels, ProjectedKernels, WindowKernels, projections
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -118,6 +119,26 @@ def test_projected_kernels_are_mixtures(share, grid, heads, short, data):
     for made, bank, weight in zip(rule(k, v), (k, v), (rule.E, rule.E if rule.F is None else rule.F)):
         expected = torch.stack([torch.stack([sum(weight[min(head, len(weight) - 1), j, l] * bank[:, head, j] for j in range(m)) for l in range(k_new)], 1) for head in range(heads)], 1)
         assert_equal(made, expected)
+
+
+def test_linformer_as_convolutions_state_dict_to_state_dict():
+    tokens = DynamicConvAttention(12, 3, selection=ProjectedKernels((3, 4), 5, 3)).double()
+    convs, x = KernelAttention2d(12, 3, 1, selection=ProjectedKernels((3, 4), 5, 3)).double(), normal(2, 12, 3, 4)
+    convs.load_state_dict(attention_to_convs(tokens.state_dict()) | {f'selection.{name}': w for name, w in tokens.selection.state_dict().items()})
+    assert_equal(convs(x), to_map(tokens(to_tokens(x)), 3, 4))
+    back = DynamicConvAttention(12, 3, selection=ProjectedKernels((3, 4), 5, 3)).double()
+    back.load_state_dict(convs_to_attention(convs.state_dict()) | {f'selection.{name}': w for name, w in convs.selection.state_dict().items()})
+    assert all(torch.equal(w, tokens.state_dict()[name]) for name, w in back.state_dict().items())
+
+
+def test_gradients_by_finite_differences():
+    rule, soft = WindowKernels(2, 1), ProjectedKernels((3, 4), 2).double()
+    x = normal(1, 3, 4, 2).requires_grad_()
+    def swin(x):
+        windows = rule.partition(x)
+        return rule.reverse(attention(windows, windows, windows, 'ln_relu', mask=rule.window_mask(3, 4)), 3, 4)
+    assert torch.autograd.gradcheck(swin, x)
+    assert torch.autograd.gradcheck(lambda x: attention(x, *soft(x, x)), normal(1, 1, 12, 2).requires_grad_())
 
 
 def test_sharing_costs_what_it_should():

@@ -9,9 +9,9 @@ __all__ = ['GENERATORS', 'LOST', 'SPACE', 'RULES', 'CASES', 'KernelSpec', 'gener
            'describe', 'block_around', 'inputs_of', 'uses_pos_embed', 'table1', 'generator_weights', 'why_not', 'Cell',
            'design_space', 'OnMap', 'Windowed', 'AbsolutePosition', 'LearnedMean', 'build_pair', 'build_single',
            'build', 'depthwise_by_position', 'literally', 'against_definition', 'case', 'normal', 'prepared', 'shared',
-           'vit_torch', 'vit_timm', 'swin', 'linformer', 'dconv_sum', 'dconv_timm', 'by_unfold', 'depthwise_case',
-           'activation_case', 'merged', 'relative', 'depthwise', 'kernels_kxk', 'kernels_1x1', 'strided',
-           'equivalence_table', 'vdc_equiv']
+           'vit_torch', 'vit_timm', 'swin', 'swin_convs', 'linformer', 'dconv_sum', 'dconv_timm', 'by_unfold',
+           'depthwise_case', 'activation_case', 'merged', 'relative', 'depthwise', 'kernels_kxk', 'kernels_1x1',
+           'strided', 'equivalence_table', 'vdc_equiv']
 
 # %% ../nbs/08_framework.ipynb #ca73ec29
 import copy
@@ -555,7 +555,7 @@ def shared(module: nn.Module) -> list:
     "Each parameter, to be compared with itself"
     return [(p, p) for p in module.parameters()]
 
-# %% ../nbs/08_framework.ipynb #de2f32c1
+# %% ../nbs/08_framework.ipynb #a6b8aeb6
 @case('ViT', 'static, dynamic, dynamic, static conv', 'nn.MultiheadAttention')
 def vit_torch(dtype):
     mha = prepared(nn.MultiheadAttention(24, 3, batch_first=True), dtype)
@@ -580,6 +580,16 @@ def swin(dtype, size, window, shift):
         y = attention_as_convs(q[:, :, :h * w], k, v, bias=bias, mask=mask)
         return a.proj(y.transpose(1, 2).flatten(2)).unflatten(1, size)
     return masked, block._attn, [normal(2, h, w, 24, dtype=dtype)], shared(a)
+
+@case('Swin', 'static and dynamic convs in windows', 'timm block, plain windows')
+def swin_convs(dtype):
+    block = prepared(SwinTransformerBlock(24, (8, 12), 3, window_size=4), dtype)
+    ours = Windowed(WindowKernels(4), KernelAttention2d(24, 3, 1, pos='rel', grid_size=4)).to(dtype)
+    def convs(x):
+        weights = dict(block.attn.named_parameters())
+        state = attention_to_convs(weights) | {'position.relative_position_bias_table': weights['relative_position_bias_table']}
+        return functional_call(ours, {f'mixer.{name}': w for name, w in state.items()}, (x.permute(0, 3, 1, 2),)).permute(0, 2, 3, 1)
+    return convs, block._attn, [normal(2, 8, 12, 24, dtype=dtype)], shared(block.attn)
 
 case('Swin', 'mask over the map', 'timm block, plain windows')(lambda dtype: swin(dtype, (8, 12), 4, 0))
 case('Swin', 'mask over the map', 'timm block, shifted windows')(lambda dtype: swin(dtype, (8, 12), 4, 2))

@@ -63,20 +63,19 @@ class WindowKernels:
 
     def __repr__(self): return f'WindowKernels(window_size={self.window_size}, shift_size={self.shift_size})'
 
-# %% ../nbs/04_selection.ipynb #2eda4102
+# %% ../nbs/04_selection.ipynb #1d1f3de2
 @patch
 def layout(self: WindowKernels,
     h: int,      # height of the map
     w: int,      # width of the map
     device=None, # where the result lives
-) -> tuple[Tensor, Tensor, Tensor]: # window, region and slot of each token, (n + p,) each: n tokens row by row, then p of padding
+) -> tuple[Tensor, Tensor, Tensor]: # window, region and slot of each token, (n + p,) each: n tokens row by row, then p of padding, right and below
     "Where each token stands once the map is rolled, padded and cut."
     (wh, ww), (sh, sw), (hp, wp) = self.window_size, self.shift_size, self.padded(h, w)
+    rows, cols = torch.arange(hp, device=device), torch.arange(wp, device=device)
     grid = lambda rows, cols: torch.stack(torch.meshgrid(rows, cols, indexing='ij')).flatten(1)            # (2, rows * cols)
-    tokens = grid((torch.arange(h, device=device) - sh) % h, (torch.arange(w, device=device) - sw) % w)    # where the roll takes them
-    places = grid(torch.arange(hp, device=device), torch.arange(wp, device=device))
-    padding = places[:, (places[0] >= h) | (places[1] >= w)]
-    r, c = torch.cat([tokens, padding], 1)
+    tokens = grid((rows[:h] - sh) % h, (cols[:w] - sw) % w)                                                # where the roll takes them
+    r, c = torch.cat([tokens, grid(rows[:h], cols[w:]), grid(rows[h:], cols)], 1)                          # padding: at the right, then below
     window = r // wh * (wp // ww) + c // ww
     region = 2 * (r >= hp - sh) + (c >= wp - sw)
     return window, region, r % wh * ww + c % ww
