@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['UNREADABLE', 'IMAGE_SETTINGS', 'SPLITS', 'STREAMS', 'seed_from', 'kept_randomness', 'EpochLoader', 'epoch_seed',
            'epoch_order', 'grid', 'TensorSet', 'shift_images', 'TensorLoader', 'digits_split', 'enlarge', 'digits_dls',
-           'window_grid', 'photo_crops', 'clutter', 'cluttered_digits_dls', 'write_imagefolder', 'ImageSet',
-           'keep_one_bit', 'image_transforms', 'DrawErasing', 'Requests', 'collate_readable', 'ImageLoader',
+           'window_grid', 'photo_crops', 'clutter', 'cluttered_digits_dls', 'folder_in_one_piece', 'write_imagefolder',
+           'ImageSet', 'keep_one_bit', 'image_transforms', 'DrawErasing', 'Requests', 'collate_readable', 'ImageLoader',
            'find_split', 'devkit_labels', 'label_flat_split', 'class_names', 'open_split', 'class_problems',
            'image_problems', 'complain', 'preflight', 'SkipCounter', 'ImageStream', 'StreamLoader', 'share_stream',
            'this_process', 'image_settings', 'step_size', 'imagenet_dls']
 
-# %% ../nbs/20_data.ipynb #bdb372d1
+# %% ../nbs/20_data.ipynb #b6295509
 import io
 import json
 import logging
 import os
 import random
+import shutil
 import struct
 import tarfile
 import zlib
@@ -411,30 +412,41 @@ def cluttered_digits_dls(
     train, valid = torch.arange(n), torch.arange(n, len(y))
     return _tensor_dls(x, y, train, valid, [str(digit) for digit in range(10)], batch_size, seed, shift, rank, world, device)
 
-# %% ../nbs/20_data.ipynb #1e8d37aa
-def write_imagefolder(
-    dls,            # loaders of tensors, such as `digits_dls(size=32)`
-    root,           # folder to make; refused when it exists
-    per_class=None, # at most so many images a class and split; all by default
-    quality=95,     # JPEG quality
-) -> Path:          # `root`
-    "Write held tensors as a tree of JPEG files, `train/3/00017.jpg`: complete when `root` appears."
+# %% ../nbs/20_data.ipynb #3c8a7786
+@contextmanager
+def folder_in_one_piece(
+    root,  # folder to make; refused when it exists
+):         # context of a folder beside it, renamed at the end
+    "Make a folder that appears complete or not at all."
     root = Path(root)
     if root.exists(): raise ValueError(f'{root} exists already: choose a folder that does not')
     root.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
-    for split, loader in zip(('train', 'validation'), dls.loaders):
-        seen = {}
-        for index, label in enumerate(loader.dataset.labels.tolist()):
-            seen[label] = seen.get(label, 0) + 1
-            if per_class and seen[label] > per_class: continue
-            file = draft / split / loader.vocab[label] / f'{index:05d}.jpg'
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pixels = loader.decode(loader.dataset.images[index:index + 1])[0].expand(3, -1, -1).permute(1, 2, 0)
-            Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8)).save(file, quality=quality)
-    draft.chmod(0o755)
-    draft.rename(root)
-    return root
+    try:
+        yield draft
+        draft.chmod(0o755)
+        draft.rename(root)
+    finally: shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_imagefolder(
+    dls,             # loaders of tensors, such as `digits_dls(size=32)`
+    root,            # folder to make
+    per_class=None,  # at most so many images a class and split; all by default
+    quality=95,      # of the JPEG files
+) -> Path:           # `root`
+    "Write held tensors as a tree of JPEG files: `train/3/00017.jpg`."
+    with folder_in_one_piece(root) as draft:
+        for split, loader in zip(('train', 'validation'), dls.loaders):
+            seen = {}
+            for index, label in enumerate(loader.dataset.labels.tolist()):
+                seen[label] = seen.get(label, 0) + 1
+                if per_class and seen[label] > per_class: continue
+                file = draft / split / loader.vocab[label] / f'{index:05d}.jpg'
+                file.parent.mkdir(parents=True, exist_ok=True)
+                pixels = loader.decode(loader.dataset.images[index:index + 1])[0].expand(3, -1, -1).permute(1, 2, 0)
+                Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8)).save(file, quality=quality)
+    return Path(root)
 
 # %% ../nbs/20_data.ipynb #be6adfc5
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises
