@@ -46,7 +46,7 @@ def setting(
     make = dict(default_factory=default) if callable(default) else dict(default=default)
     return field(**make, metadata=dict(words=words, source=source, check=check))
 
-# %% ../nbs/21_recipes.ipynb #2647839f
+# %% ../nbs/21_recipes.ipynb #c3f05d3d
 TABLE4, MMCLS, DEIT, OURS = 'Table 4', 'MMClassification', 'DeiT', 'ours'
 
 
@@ -57,13 +57,13 @@ class ModelSettings:
     model_args: dict = setting(dict, 'more arguments of the model, such as {"depth": 6}')
     activation: str = setting('softmax', 'between the two dynamic convolutions (Table 2)')
     kernel: str = setting('dense', 'kernel type (Table 3)', check=one_of('dense', 'depthwise'))
-    pos: str | None = setting(None, 'position: rel, abs, none; None: as the base')
+    pos: str | None = setting(None, 'position; None: as the base', check=one_of('rel', 'abs', 'none'))
     class_token: bool | None = setting(None, 'None: as the base')
     num_classes: int = setting(1000, 'the data must have as many', 'ImageNet-1k', between(1))
     pretrained: bool = setting(False, "start from timm's weights")
     input_size: int = setting(224, 'pixels a side', MMCLS, between(1))
 
-# %% ../nbs/21_recipes.ipynb #1bfdcae3
+# %% ../nbs/21_recipes.ipynb #30467765
 @dataclass(frozen=True)
 class Schedule:
     epochs: int = setting(300, 'passes over the training images', TABLE4, between(1))
@@ -71,7 +71,7 @@ class Schedule:
     grad_accum: int = setting(1, 'parts that a step is computed in', OURS, between(1))
     opt: str = setting('adamw', "optimizer, by timm's name", TABLE4)
     lr: float = setting(1e-3, 'highest learning rate, at lr_batch_size', TABLE4, above(0))
-    lr_batch_size: int = setting(1024, 'batch that lr is meant for', TABLE4, between(1))
+    lr_batch_size: int = setting(1024, 'batch that lr is meant for', OURS, between(1))
     lr_schedule: str = setting('cosine', 'after the warm-up, step by step', TABLE4, one_of('cosine'))
     warmup_epochs: float = setting(20.0, 'linear warm-up, in epochs', TABLE4, between(0))
     warmup_lr: float = setting(1e-6, 'learning rate of the first step', MMCLS, between(0))
@@ -147,14 +147,14 @@ class Recipe(Machine, Augmentation, Regularization, Schedule, ModelSettings):
                 wrong.append(f'batch_size={self.batch_size} gives odd parts, but images are mixed in pairs: make it even')
         if wrong: raise ValueError('; '.join(wrong))
 
-# %% ../nbs/21_recipes.ipynb #74a64b52
+# %% ../nbs/21_recipes.ipynb #5ca7baed
 def from_words(
     kind,       # a field's annotation
     text: str,  # '5e-4', 'yes', 'none', '{"depth": 6}'
 ):              # the value; the text itself where it does not fit, for the check to complain about
     "Read a field's value from a command line."
     kinds, low = typing.get_args(kind) or (kind,), text.strip().lower()
-    if type(None) in kinds and low in ('none', 'null', ''): return None
+    if type(None) in kinds and low in ('', 'null') + ('none',) * (str not in kinds): return None  # 'none' is a value of `pos`
     if bool in kinds: return dict(yes=True, true=True, on=True, **{'1': True}, no=False, false=False, off=False, **{'0': False}).get(low, text)
     for read in [json.loads] * (dict in kinds) + [int] * (int in kinds) + [float] * (float in kinds):
         try: return read(text)
