@@ -51,6 +51,11 @@ def test_behaviour_counts_not_the_name():
     assert describe(Attn(24), x) == KernelSpec('dynamic', 'all', 'pair', 1, 'softmax')
     local = describe(Attn(24, window=4), x)
     assert local == KernelSpec('dynamic', 'local', 'pair', 1, 'softmax') and local.num_kernels == 4
+    class Sigmoid(Attn):
+        def forward(self, x):
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.proj((q @ k.mT).sigmoid() @ v)
+    assert describe(Sigmoid(24), x) == KernelSpec('dynamic', 'all', 'pair', 1, 'unknown')
     class DynamicConvAttention2(nn.Conv2d): pass
     with pytest.raises(ValueError, match='no token mixer'): describe(DynamicConvAttention2(3, 3, 3), torch.randn(1, 3, 8, 8))
 
@@ -107,6 +112,10 @@ def test_describing_changes_nothing():
     assert torch.equal(torch.get_rng_state(), rng) and torch.equal(module(x), before) and module.training
     assert all(torch.equal(module.state_dict()[k], v) for k, v in state.items()) and all(p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    other = Attn(24)
+    rng = torch.get_rng_state()
+    describe(other, x)
+    assert torch.equal(torch.get_rng_state(), rng)
 
 
 def test_a_cut_mixer_is_cross_attention():

@@ -285,7 +285,7 @@ class Involution2d(DynamicDepthwiseConv2d):
         "The mean of each block of stride x stride positions, cut off at the border"
         return nn.AvgPool2d(self.stride, self.stride, ceil_mode=True) if self.stride > 1 else nn.Identity()
 
-# %% ../nbs/07_dynconv.ipynb #135121a1
+# %% ../nbs/07_dynconv.ipynb #92b3701c
 class KernelAttention2d(nn.Module):
     "Self-attention with dynamic kernels of k x k and a stride (section 5, future work). At k = 1 and stride 1 it is a `DynamicConvBlock`, state dict included."
     def __init__(self,
@@ -316,19 +316,27 @@ class KernelAttention2d(nn.Module):
         self.act = create_activation(activation, num_kernels=num_kernels, head_dim=dim // num_heads * taps)
         self.out = nn.Conv2d(dim, out_dim or dim, 1)
 
-    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "(b, dim, h, w) to the bank: keys and values (b, heads, n, d * taps), mixed if the selection is soft"
-        k, v = [conv(x).flatten(2).unflatten(1, (self.num_heads, -1)).mT for conv in (self.key, self.value)]
-        return self.selection(k, v) if isinstance(self.selection, nn.Module) else (k, v)
+# %% ../nbs/07_dynconv.ipynb #1f818720
+@patch
+def pair(self: KernelAttention2d,
+    x: Tensor, # (b, dim, h, w)
+) -> tuple[Tensor, Tensor]: # keys and values, (b, heads, n, d * taps) each
+    "The bank that the image makes, mixed if the selection is soft."
+    k, v = [conv(x).flatten(2).unflatten(1, (self.num_heads, -1)).mT for conv in (self.key, self.value)]
+    return self.selection(k, v) if isinstance(self.selection, nn.Module) else (k, v)
 
-    def bias_and_mask(self, h: int, w: int, device=None) -> dict:
-        "Position bias (heads, n', n) and 0/1 selection (n', n) of the n' positions of the result; None for none and for all"
-        rows = lambda t: t.unflatten(-2, (h, w))[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
-        bias = None if self.position is None else rows(self.position.bias())
-        if self.selection is None or isinstance(self.selection, nn.Module): return dict(bias=bias, mask=None)
-        mask = self.selection.mask(h, w, device)
-        if mask.shape[1] != h * w: raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size that they divide')
-        return dict(bias=bias, mask=rows(mask))
+@patch
+def bias_and_mask(self: KernelAttention2d,
+    h: int, w: int, # size of the map
+    device=None,
+) -> dict:          # bias (heads, n', n) or None, mask (n', n) or None, for the n' positions of the result
+    "Position bias and 0/1 selection. ValueError for windows that do not tile the map."
+    rows = lambda t: t.unflatten(-2, (h, w))[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
+    bias = None if self.position is None else rows(self.position.bias())
+    if self.selection is None or isinstance(self.selection, nn.Module): return dict(bias=bias, mask=None)
+    mask = self.selection.mask(h, w, device)
+    if mask.shape[1] != h * w: raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size that they divide')
+    return dict(bias=bias, mask=rows(mask))
 
 # %% ../nbs/07_dynconv.ipynb #00a71192
 @patch

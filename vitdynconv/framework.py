@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GENERATORS', 'LOST', 'SPACE', 'RULES', 'CASES', 'KernelSpec', 'generators', 'find_mixers', 'Opened', 'gradient',
            'reacts', 'selected', 'cares_where', 'bounded', 'fan_in', 'rank', 'is_pair', 'reach', 'mixtures',
-           'bank_size', 'describe_mixer', 'roomy', 'centre', 'describe_bank', 'describe_position', 'example_input',
-           'describe', 'block_around', 'inputs_of', 'uses_pos_embed', 'table1', 'generator_weights', 'why_not', 'Cell',
-           'design_space', 'OnMap', 'Windowed', 'AbsolutePosition', 'LearnedMean', 'build_pair', 'build_single',
-           'build', 'depthwise_by_position', 'literally', 'against_definition', 'case', 'normal', 'prepared', 'shared',
-           'vit_torch', 'vit_timm', 'swin', 'swin_convs', 'linformer', 'dconv_sum', 'dconv_timm', 'by_unfold',
-           'depthwise_case', 'activation_case', 'merged', 'relative', 'depthwise', 'kernels_kxk', 'kernels_1x1',
-           'strided', 'equivalence_table', 'vdc_equiv']
+           'bank_size', 'describe_mixer', 'roomy', 'centre', 'describe_bank', 'describe_activation',
+           'describe_position', 'example_input', 'describe', 'block_around', 'inputs_of', 'uses_pos_embed', 'table1',
+           'generator_weights', 'why_not', 'Cell', 'design_space', 'OnMap', 'Windowed', 'AbsolutePosition',
+           'LearnedMean', 'build_pair', 'build_single', 'build', 'depthwise_by_position', 'literally',
+           'against_definition', 'case', 'normal', 'prepared', 'shared', 'vit_torch', 'vit_timm', 'swin', 'swin_convs',
+           'linformer', 'dconv_sum', 'dconv_timm', 'by_unfold', 'depthwise_case', 'activation_case', 'merged',
+           'relative', 'depthwise', 'kernels_kxk', 'kernels_1x1', 'strided', 'equivalence_table', 'vdc_equiv']
 
 # %% ../nbs/08_framework.ipynb #ca73ec29
 import copy
@@ -77,7 +77,7 @@ def find_mixers(
     "All modules that make kernels."
     return {path: m for path, m in module.named_modules() if generators(m)[0]}
 
-# %% ../nbs/08_framework.ipynb #fdcbc968
+# %% ../nbs/08_framework.ipynb #0095c2b6
 class Opened:
     "A token mixer cut open: `core = f(q, kernels(z))`, with the feature map q and the kernels of an image z apart."
     def __init__(self,
@@ -91,10 +91,11 @@ class Opened:
         self.mixer, self.run, self.x = module.get_submodule(path), getattr(module, call), x.double()
         self.layers, self.parts = generators(self.mixer)
         self.last = bool(self.parts) and x.shape[-1] == self.layers[0].in_features           # is the last axis of x the channels, or the one after the batch?
-        self.act = getattr(self.mixer, 'act', None)
+        slot = next((name for name in ('act', 'activation') if isinstance(getattr(self.mixer, name, None), (str, Activation))), None)
+        self.act = getattr(self.mixer, slot) if slot else None                               # ours: a name or a module
         self.tables = [p for name, p in module.named_parameters() if name.endswith('relative_position_bias_table')]
         if neutral:
-            if isinstance(self.act, Activation): self.mixer.act = create_activation('softmax', head_dim=self.act.head_dim or 16)
+            if slot: setattr(self.mixer, slot, create_activation('softmax', head_dim=getattr(self.act, 'head_dim', None) or 16))
             for table in self.tables: table.zero_()
         self.entry = self.layers[0] if self.parts else getattr(self.mixer, 'query', None)    # where q comes in; None: q is the input
         self.tail = getattr(self.mixer, 'proj', None) or getattr(self.mixer, 'out', None)    # the static convolution that follows
@@ -216,7 +217,7 @@ def bank_size(o: Opened, q: Tensor, images: int = 16) -> int:
     "Number of kernels in a static bank, up to the number of images tried."
     return rank(torch.stack([o(q, o.kernels(torch.randn_like(o.x))).flatten() for _ in range(images)]))
 
-# %% ../nbs/08_framework.ipynb #9c393fa4
+# %% ../nbs/08_framework.ipynb #1063a2fc
 def describe_mixer(
     module: nn.Module,      # a token mixer, or a block around it
     x: Tensor,              # an input of it, for its shape
@@ -237,10 +238,10 @@ def describe_mixer(
         size = reach(o, p, q, z, stride)
         if kind == 'pair': size = (size + stride) // (stride + 1)
         bank, selection, num_kernels = describe_bank(o, p, q, z, positions, kind)
-    act = getattr(o.act, 'name', 'softmax') if kind == 'pair' else None
+        act = describe_activation(Opened(module, x[:1], path, call, neutral=False)) if kind == 'pair' else None
     return KernelSpec(bank, selection, kind, size, act, describe_position(module, x[:1], path, call), num_kernels)
 
-# %% ../nbs/08_framework.ipynb #ac2e52f3
+# %% ../nbs/08_framework.ipynb #59fb3fc0
 def roomy(
     conv: nn.Module, # a mixer that is a convolution
     x: Tensor,       # (b, c, *map), an input of it
@@ -252,6 +253,7 @@ def roomy(
     except (RuntimeError, ValueError): return x
     return larger
 
+# %% ../nbs/08_framework.ipynb #12ffa8d5
 def centre(
     positions: int, # of the output
     q: Tensor,      # feature map
@@ -272,6 +274,14 @@ def describe_bank(
     if bounded(o, q, z): return 'static', 'soft', bank_size(o, q)
     if cares_where(o, p, q, z): return 'dynamic', 'soft', mixtures(o, q, z) if kind == 'pair' else None
     return 'dynamic', 'all' if mine.all() else 'local', int(max(s.sum() for s in [mine, *others]))
+
+def describe_activation(o: Opened) -> str:
+    "The name of one of our activations; 'softmax' for another's module whose weights sum to one, as values of one show; else 'unknown'."
+    if o.act is not None: return getattr(o.act, 'name', o.act)
+    made = o.kernels(o.x)
+    ones = [torch.cat([made[0].chunk(2, -1)[0], torch.ones_like(made[0].chunk(2, -1)[1])], -1)] if o.parts else [made[0], torch.ones_like(made[1])]
+    y = o(o.random_feature(), ones)
+    return 'softmax' if (y - 1).abs().max() < 1e-9 else 'unknown'
 
 def describe_position(
     module: nn.Module, x: Tensor, path: str, call: str, # as for `describe_mixer`
@@ -595,7 +605,7 @@ case('Swin', 'mask over the map', 'timm block, plain windows')(lambda dtype: swi
 case('Swin', 'mask over the map', 'timm block, shifted windows')(lambda dtype: swin(dtype, (8, 12), 4, 2))
 case('Swin', 'mask over the map', 'timm block, shifted, padded')(lambda dtype: swin(dtype, (7, 10), 4, 2));
 
-# %% ../nbs/08_framework.ipynb #866a538c
+# %% ../nbs/08_framework.ipynb #0a38e555
 @case('Linformer', 'DynamicConvAttention, ProjectedKernels', 'SDPA over mixtures')
 def linformer(dtype):
     ours = prepared(DynamicConvAttention(24, 3, selection=ProjectedKernels((4, 5), 6, 3), evaluate=attention_as_convs), dtype)
@@ -605,6 +615,7 @@ def linformer(dtype):
         return ours.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     return ours, reference, [normal(2, 20, 24, dtype=dtype)], shared(ours)
 
+# %% ../nbs/08_framework.ipynb #28e13ac7
 @case('D-Conv', 'one mixed kernel', 'sum of the bank\'s convolutions')
 def dconv_sum(dtype):
     conv = prepared(DynamicConv2d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2, temperature=1.), dtype)
