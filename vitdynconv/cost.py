@@ -115,12 +115,12 @@ def operators(layernorm: int = 5) -> dict:
     rules |= {f'fft_{name}': (fourier_macs, nothing) for name in 'fft ifft rfft irfft fft2 ifft2 rfft2 irfft2'.split()}
     return {f'aten::{name}': rule for name, rule in (rules | {'mul': (multiply_macs, nothing), 'mul_': (multiply_macs, nothing)}).items()}
 
-# %% ../nbs/12_cost.ipynb #0ab6fd2e
+# %% ../nbs/12_cost.ipynb #a362666f
 ELEMENTWISE = """add sub rsub div neg abs pow square sqrt rsqrt exp log sin cos reciprocal addcmul addcdiv lerp where floor ceil round sign remainder
 floor_divide relu relu6 gelu silu sigmoid tanh softplus mish elu selu leaky_relu prelu hardtanh hardswish hardsigmoid clamp clamp_min clamp_max
 dropout feature_dropout masked_fill lt le gt ge eq ne logical_not logical_and logical_or bitwise_not bitwise_and bitwise_or __and__ __or__"""
 REDUCTIONS = """sum mean var std var_mean amax amin max min argmax any all cumsum norm linalg_vector_norm softmax log_softmax count_nonzero
-max_pool2d avg_pool2d adaptive_max_pool2d"""
+cumprod cummax sort argsort topk max_pool2d avg_pool2d avg_pool1d adaptive_max_pool2d"""
 MOVES = """cat stack hstack vstack split split_with_sizes chunk tensor_split unbind expand expand_as repeat repeat_interleave tile reshape reshape_as
 view view_as flatten unflatten squeeze unsqueeze t numpy_T mT transpose swapaxes permute movedim moveaxis select narrow slice index index_select index_put
 gather scatter take_along_dim roll flip pad constant_pad_nd reflection_pad2d unfold im2col col2im meshgrid diagonal diag tril triu nonzero contiguous clone
