@@ -37,7 +37,7 @@ INK = '#808080'                                                                 
 FILL = dict(static='#a6a6a6', dynamic=to_hex(SCALE(.9)), activation=to_hex(SCALE(.1)))  # layers, by what makes their kernels
 WORD = dict(static='black', dynamic='black', activation='white')                         # words on them
 
-# %% ../nbs/13_plots.ipynb #eda00098
+# %% ../nbs/13_plots.ipynb #f5da9c7b
 class Sheet(Figure):
     "A figure measured in inches from its upper left corner, on a transparent ground."
     def __init__(self,
@@ -45,7 +45,7 @@ class Sheet(Figure):
         height: float, # inches
     ):
         super().__init__(figsize=(width, height))
-        self.patch.set_alpha(0)
+        self.patch.set_facecolor('none')
         self.base = self.add_axes((0, 0, 1, 1), label='base', xlim=(0, width), ylim=(height, 0))
         self.base.set_axis_off()
 
@@ -243,7 +243,7 @@ def draw_block(
         sheet.arrow((centre, 2.03), (centre, middle + .24))
     return sheet
 
-# %% ../nbs/13_plots.ipynb #bbb9c678
+# %% ../nbs/13_plots.ipynb #e169d0c7
 def mark(
     ax,                # axes of a picture
     row: float,        # centre of the mark, in cells
@@ -268,20 +268,20 @@ def draw_pair(
     logits = k @ q[i]
     with torch.no_grad(): weights = as_activation(activation, q, len(k))(logits)
     best, a, b = weights.argmax().item(), .95, 1.06 * h / w
-    sheet, lim = Sheet(10.2, 2.2), limit(q)
+    sheet, lim = Sheet(10.2, max(1.95, 1.15 + b)), limit(q)
     mark(place(sheet, 'queries', q[:, 0].unflatten(0, grid), .1, .8, 1.06, b, 'query map'), *position)
     place(sheet, 'query', q[i][:, None], 1.5, .55, .14, a, '$q_i$', lim)
-    bank = place(sheet, 'keys', k.T, 2.0, .55, 1.7, a, f'keys: {len(k)} kernels of {k.shape[1]}'); mark(bank, k.shape[1] / 2 - .5, best, k.shape[1], 3)
+    bank = place(sheet, 'keys', k.T, 2.0, .55, 1.7, a, f'keys: {len(k)} kernels of {k.shape[1]}'); mark(bank, k.shape[1] / 2 - .5, best, k.shape[1], max(1, len(k) / 100))
     scores = place(sheet, 'logits', logits.unflatten(0, grid), 4.05, .8, 1.06, b, f'{len(k)} products')
     sheet.box(5.65, 1.03, getattr(activation, 'name', str(activation)).replace('_', '\n'), 'activation', width=.66)
     after = place(sheet, 'weights', weights.unflatten(0, grid), 6.2, .8, 1.06, b, f'{len(k)} weights')
     for ax in scores, after: mark(ax, best // w, best % w)
-    bank = place(sheet, 'values', v.T, 7.6, .55, 1.7, a, 'values: their partners'); mark(bank, v.shape[1] / 2 - .5, best, v.shape[1], 3)
+    bank = place(sheet, 'values', v.T, 7.6, .55, 1.7, a, 'values: their partners'); mark(bank, v.shape[1] / 2 - .5, best, v.shape[1], max(1, len(k) / 100))
     place(sheet, 'output', (weights @ v)[:, None], 9.75, .55, .14, a, '$y_i$')
     for x, sign in (1.82, r'$\cdot$'), (7.43, r'$\times$'): sheet.words(x, 1.03, sign, fontsize=14)
     for x0, x1 in (1.2, 1.46), (3.74, 4.01), (5.14, 5.3), (6.0, 6.16), (9.34, 9.7): sheet.arrow((x0, 1.03), (x1, 1.03))
     j = f'{{{best}}}'
-    sheet.words(5.1, 1.95, rf'marked, kernel {best}:   $q_i\cdot k_{j}$ = {logits[best]:.2f}   $\to$   weight {weights[best]:.3f}   $\to$   adds {weights[best]:.3f} $v_{j}$ to $y_i$')
+    sheet.words(5.1, max(1.75, .95 + b), rf'marked, kernel {best}:   $q_i\cdot k_{j}$ = {logits[best]:.2f}   $\to$   weight {weights[best]:.3f}   $\to$   adds {weights[best]:.3f} $v_{j}$ to $y_i$')
     return sheet
 
 # %% ../nbs/13_plots.ipynb #8be84771
@@ -501,19 +501,20 @@ def explore(
     def draw(row, column, head): return draw_choices(photo, seen, (h, w), (row, column), head)
     return ipywidgets.interactive(draw, row=slider(h // 2, h), column=slider(w // 2, w), head=slider(0, mixer.block.num_heads))
 
-# %% ../nbs/13_plots.ipynb #85eaae07
+# %% ../nbs/13_plots.ipynb #fe97ac9e
 LINES = [dict(color=c, ls=dash, marker=m) for c, dash, m in [('#808080', '-', 'o'), ('#d55e00', '--', 's'), ('#0072b2', '-', '^'), ('#009e73', '-.', 'D'), ('#cc79a7', (0, (5, 1, 1, 1)), 'v'), ('#808080', (0, (1, 2)), 'x')]]
 
 def draw_curves(
     panels: dict,    # title -> {label: values, one an epoch, None where there is none}
     note: str = '',  # below the panels: whose runs these are
-) -> Figure:
+    start: int = 1,  # the epoch of the first value
+) -> Figure:         # one axes a panel
     "Curves against the epoch, side by side, told apart by dash and marker as well as colour."
     fig = Sheet(4.2 * len(panels), 3)
     fig.delaxes(fig.base); fig.set_layout_engine('constrained')
     for ax, (title, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for (label, values), style in zip(lines.items(), itertools.cycle(LINES)):
-            points = [(epoch, v) for epoch, v in enumerate(values, 1) if v is not None]
+            points = [(epoch, v) for epoch, v in enumerate(values, start) if v is not None]
             ax.plot(*zip(*points) if points else ((), ()), label=label, lw=1.4, ms=3.5, markevery=max(1, len(points) // 12), **style)
         ax.set_title(title, color=INK); ax.set_xlabel('epoch', color=INK)
         ax.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -522,12 +523,12 @@ def draw_curves(
     if note: fig.supxlabel(note, color=INK, fontsize=9)
     return fig
 
-# %% ../nbs/13_plots.ipynb #bea60342
+# %% ../nbs/13_plots.ipynb #c77ce223
 def draw_convergence(
     runs: dict,                                                     # label -> path of a `history.csv`, or the rows of a history
     columns: tuple = ('train_loss', 'valid_loss', 'accuracy'),      # one panel a column that the histories have
     note: str = 'our own runs: small models, not ImageNet',         # whose runs these are
-) -> Figure:
+) -> Figure:                                                        # one axes a column
     "Figures 4 and 6 from our own runs. ValueError where no history has any of the columns."
     def rows(run):
         if not isinstance(run, (str, Path)): return run
