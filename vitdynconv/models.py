@@ -218,7 +218,7 @@ for base in BASES: register(base)
 for system in SYSTEMS:
     for base in BODIES: register(base, system)
 
-# %% ../nbs/11_models.ipynb #f255fdc9
+# %% ../nbs/11_models.ipynb #bcd0b809
 def create_model(
     name: str,                               # timm's name of the body, with or without 'vdc_'; or 'dconv_...', 'ddwconv_...', 'linformer_...'
     activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module
@@ -232,8 +232,8 @@ def create_model(
     "Any network of the paper by its settings. ValueError for an unknown name, with close ones, or for what cannot be converted."
     name, dot, tag = name.removeprefix('vdc_').partition('.')
     if not timm.is_model(f'vdc_{name}'):
-        known = [n.removeprefix('vdc_') for n in timm.list_models('vdc_*')] + timm.list_models(['vit_*', 'deit*', 'swin_*'])
-        if not timm.is_model(name): raise ValueError(f'unknown model {name!r}; did you mean {" or ".join(get_close_matches(name, known, 3, 0) )}?')
+        known = dict.fromkeys([n.removeprefix('vdc_') for n in timm.list_models('vdc_*')] + timm.list_models(['vit_*', 'deit*', 'swin_*']))
+        if not timm.is_model(name): raise ValueError(f'unknown model {name!r}; did you mean {" or ".join(get_close_matches(name, known, 3, 0))}?')
         find_mixers(timm.create_model(name, device='meta'))
         register(name)
     return timm.create_model(f'vdc_{name}{dot}{tag}', pretrained=pretrained, activation=activation, kernel=kernel, pos=pos, class_token=class_token, checkpoint=checkpoint, **timm_kwargs)

@@ -6,8 +6,9 @@
 __all__ = ['rel_pos_index', 'table_to_bias', 'table_to_kernel', 'kernel_to_table', 'resize_table', 'resize_per_kernel',
            'RelPosBias']
 
-# %% ../nbs/03_position.ipynb #64a3951f
+# %% ../nbs/03_position.ipynb #fb4eac61
 import warnings
+from functools import partial
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def kernel_to_table(
     if kernel.shape[1] % 2 == 0 or kernel.shape[2] % 2 == 0: raise ValueError(f'a kernel of {kernel.shape[1]} x {kernel.shape[2]} spans no grid; give odd sizes (2H-1, 2W-1)')
     return kernel.flip(1, 2).flatten(1).T.contiguous()
 
-# %% ../nbs/03_position.ipynb #0ffb26bb
+# %% ../nbs/03_position.ipynb #5de8a0a6
 def resize_table(
     table: Tensor,             # ((2H-1)(2W-1), c) of the old grid
     old_grid: tuple[int, int], # (H, W)
@@ -63,9 +64,11 @@ def resize_table(
     (h, w), (new_h, new_w) = old_grid, new_grid
     if len(table) != (2 * h - 1) * (2 * w - 1): raise ValueError(f'a table of {len(table)} entries does not belong to a grid of {h} x {w}, which has {(2 * h - 1) * (2 * w - 1)} offsets')
     if (h, w) == (new_h, new_w): return table
+    resize = partial(resize_rel_pos_bias_table, new_window_size=(new_h, new_w), old_window_size=(h, w), new_bias_shape=((2 * new_h - 1) * (2 * new_w - 1), table.shape[1]))
+    if torch.compiler.is_compiling(): return resize(table)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # timm's interpolation indexes in a way that newer torch deprecates
-        return resize_rel_pos_bias_table(table, new_window_size=(new_h, new_w), old_window_size=(h, w), new_bias_shape=((2 * new_h - 1) * (2 * new_w - 1), table.shape[1]))
+        return resize(table)
 
 # %% ../nbs/03_position.ipynb #6b4a84cd
 def resize_per_kernel(

@@ -6,13 +6,14 @@
 __all__ = ['MIXERS', 'REASONS', 'MODELS', 'foreign_attention', 'find_mixers', 'Weight', 'Conversion', 'compare',
            'set_class_token', 'set_pooling', 'PositionedPatchEmbed', 'set_position', 'Converted', 'DynamicConvViT',
            'DynamicConvDistilledViT', 'DynamicConvSwin', 'check_settings', 'replace_mixer', 'operate', 'convert',
-           'no_way_back', 'timm_mixer', 'to_timm', 'timm_model', 'read_weights', 'classes_in', 'write_whole',
-           'write_report', 'vdc_convert', 'convert_file']
+           'no_way_back', 'timm_mixer', 'to_timm', 'timm_model', 'read_weights', 'classes_in', 'convert_file',
+           'vdc_convert']
 
-# %% ../nbs/10_surgery.ipynb #31c34220
-import copy, csv, json, os, re, sys
+# %% ../nbs/10_surgery.ipynb #d95e1935
+import copy, re
+import json as json_format
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -20,7 +21,7 @@ import timm
 import torch
 from fastcore.script import call_parse
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn, Tensor
 from timm.layers import Attention, PatchEmbed, resample_abs_pos_embed_nhwc, trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
@@ -28,6 +29,7 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from .activations import Softmax, create_activation
 from .attention import DynamicConvAttention
+from .commands import check_target, checked, replacing, save_rows
 from .depthwise import DepthwiseSelfAttention
 
 # %% ../nbs/10_surgery.ipynb #e0965bfc
@@ -85,8 +87,8 @@ class Conversion:
         rows = [f"{fate:<8}{name + f' (x{n})' * (n > 1):<56}{'x'.join(map(str, shape)) or 'scalar':<16}{note}".rstrip() for fate, name, n, shape, note in sorted(self.grouped(), key=lambda r: 'kdn'.index(r[0][0]))]
         return '\n'.join([head, *rows, f'{len(self.kept)} kept, {len(self.dropped)} dropped, {len(self.new)} new'])
 
-# %% ../nbs/10_surgery.ipynb #cf1f339a
-REASONS = {'qkv.weight': 'no values in a depth-wise kernel', 'cls_token': 'class token', 'relative_position_bias_table': 'relative position', 'pos_embed': 'absolute position', 'act.weight': 'one entry a kernel', 'act.bias': 'one entry a kernel'}
+# %% ../nbs/10_surgery.ipynb #eec602a4
+REASONS = {'cls_token': 'class token', 'relative_position_bias_table': 'relative position', 'pos_embed': 'absolute position', 'act.weight': 'one entry a kernel', 'act.bias': 'one entry a kernel'}
 
 def compare(
     before: dict[str, Tensor],        # state dict of the old model
@@ -174,7 +176,7 @@ def set_position(
         n = model.patch_embed.num_patches + (0 if model.no_embed_class else model.num_prefix_tokens)
         model.pos_embed = nn.Parameter(trunc_normal_(next(model.blocks.parameters()).new_empty(1, n, model.embed_dim), std=.02))
 
-# %% ../nbs/10_surgery.ipynb #d83cc2b4
+# %% ../nbs/10_surgery.ipynb #cb4dac45
 class Converted:
     "What a converted model adds to timm's class."
     def parts(self, attribute: str) -> list:
@@ -193,16 +195,21 @@ class DynamicConvViT(Converted, VisionTransformer):
         super().set_input_size(img_size, patch_size)
         for mixer in self.parts('set_grid_size'): mixer.set_grid_size(self.patch_embed.grid_size)
 
-    def _pos_embed(self, x):
+    def tell_grid(self, x: Tensor) -> None:
+        "Where sizes are dynamic the patch embedding gives a map, (b, H, W, c): the grid of the day."
         if self.dynamic_img_size:
             for mixer in self.parts('live_grid'): mixer.live_grid = tuple(x.shape[1:3])
+
+    def _pos_embed(self, x):
+        self.tell_grid(x)
         return super()._pos_embed(x)
 
-# %% ../nbs/10_surgery.ipynb #78ddfa32
+# %% ../nbs/10_surgery.ipynb #9fdd2df2
 class DynamicConvDistilledViT(DynamicConvViT, VisionTransformerDistilled):
     "A distilled DeiT of timm's whose token mixers are dynamic convolutions."
     def _pos_embed(self, x):
         if self.pos_embed is not None: return super()._pos_embed(x)
+        self.tell_grid(x)
         return torch.cat([t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token)] + [x.flatten(1, -2)], 1)   # relative position only
 
 class DynamicConvSwin(Converted, SwinTransformer):
@@ -336,7 +343,7 @@ def to_timm(
     vars(new).pop('conversion', None)
     return new
 
-# %% ../nbs/10_surgery.ipynb #750ad0bf
+# %% ../nbs/10_surgery.ipynb #c7969353
 def timm_model(
     name: str,                             # in timm's registry
     pretrained: bool = False,              # with the weights that timm publishes: needs a download, once
@@ -346,8 +353,8 @@ def timm_model(
     "A model of timm's with its weights. ValueError for an unknown name, with close ones, or a file that does not fit; ConnectionError if nothing could be downloaded."
     arch = name.partition('.')[0]
     if not timm.is_model(arch):
-        close = get_close_matches(arch, timm.list_models(['vit_*', 'deit*', 'swin_*']), 3)
-        raise ValueError(f'unknown model {name!r}' + (f'; did you mean {" or ".join(close)}?' if close else "; timm.list_models('*vit*') has the names"))
+        close = get_close_matches(arch, timm.list_models(['vit_*', 'deit*', 'swin_*']), 3, 0)
+        raise ValueError(f'unknown model {name!r}; did you mean {" or ".join(close)}?')
     if checkpoint: kwargs |= dict(pretrained_cfg_overlay=dict(file=str(checkpoint)) | classes_in(checkpoint))   # timm takes the file for its pretrained weights
     try: return timm.create_model(name, pretrained=pretrained or bool(checkpoint), **kwargs)
     except OSError as e:
@@ -374,33 +381,27 @@ def classes_in(
     state = read_weights(path)
     return {'num_classes': len(state[name]) for name in ('head.weight', 'head.fc.weight') if name in state}
 
-# %% ../nbs/10_surgery.ipynb #e72a7772
-def write_whole(
-    path: str | Path, # the file
-    write: Callable,  # called with a temporary path beside it
-) -> None:
-    "Write a file under another name and give it its own when it is whole."
-    part = Path(path).with_name(f'.{Path(path).name}.part')
-    try:
-        write(part)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+# %% ../nbs/10_surgery.ipynb #1e62bdb1
+def convert_file(
+    name: str,            # of the model
+    settings: dict,       # for `convert`, with class_token as 'yes', 'no' or None
+    checkpoint: str = '', # file with its weights, or ''
+    pretrained = False,   # take timm's weights
+    out: str = '',        # .safetensors file to write
+) -> nn.Module:           # the converted model
+    "What `vdc_convert` does. Everything is checked before anything is built, and nothing is written unless all went well."
+    if Path(out).suffix != '.safetensors': raise ValueError(f'--out {out or "is missing"}: name a .safetensors file for the new weights')
+    check_target(out, '--out')
+    if settings['class_token'] not in ('yes', 'no', None): raise ValueError(f"--class_token {settings['class_token']}: say yes or no, or leave it out")
+    settings = settings | dict(class_token={'yes': True, 'no': False}.get(settings['class_token']))
+    check_settings(None, **settings)
+    if pretrained and checkpoint: raise ValueError('give --checkpoint or --pretrained, not both')
+    new = convert(timm_model(name, pretrained, checkpoint or None), **settings)
+    weights = {n: w.contiguous() for n, w in new.state_dict().items()}
+    with replacing(out) as file: file.write(save(weights, metadata=dict(model=name, settings=json_format.dumps(new.conversion.settings))))
+    return new
 
-def write_report(
-    path: str | Path,  # .csv or .json
-    name: str,         # of the model
-    done: Conversion,  # its conversion
-) -> None:
-    "The conversion as data, one row a weight."
-    rows = [w._asdict() | dict(shape='x'.join(map(str, w.shape))) for w in done.weights]
-    def write(part):
-        with open(part, 'w', newline='') as f:
-            if Path(path).suffix == '.json': return json.dump(dict(model=name, settings=done.settings, weights=rows), f, indent=1)
-            table = csv.DictWriter(f, Weight._fields)
-            table.writeheader(); table.writerows(rows)
-    write_whole(path, write)
-
-# %% ../nbs/10_surgery.ipynb #872e5723
+# %% ../nbs/10_surgery.ipynb #392b027b
 @call_parse
 def vdc_convert(
     model: str = 'deit_small_patch16_224', # a ViT, DeiT or Swin of timm's
@@ -412,40 +413,15 @@ def vdc_convert(
     checkpoint: str = '',                  # file with the model's weights, .safetensors or .pth
     pretrained: bool = False,              # take the weights that timm publishes
     out: str = '',                         # where the new weights go, a .safetensors file
-    csv: str = '',                         # where the report goes as a table, .csv
-    json: str = '',                        # where the report goes as data, .json
+    csv: str = '',                         # where the report goes as CSV, one row a weight
+    json: str = '',                        # where the report goes as JSON
 ):
     "Convert a checkpoint of timm's and report what happened to each weight. Without --checkpoint and --pretrained the model is a fresh one."
-    try:
+    with checked('vdc_convert'):
+        for path, option in (csv, '--csv'), (json, '--json'): check_target(path, option)
         settings = dict(activation=activation, kernel=kernel, pos=pos or None, class_token=class_token or None, pos_per=pos_per)
-        new = convert_file(model, settings, checkpoint, pretrained, {'.safetensors': out, '.csv': csv, '.json': json})
-    except (ValueError, OSError) as e:
-        print(f'vdc_convert: {" ".join(str(e).split())}', file=sys.stderr)
-        raise SystemExit(2)
+        new = convert_file(model, settings, checkpoint, pretrained, out)
+        save_rows([w._asdict() | dict(shape='x'.join(map(str, w.shape))) for w in new.conversion.weights], csv, json)
     print(new.conversion)
     if not (checkpoint or pretrained): print('the model was a fresh one: neither --checkpoint nor --pretrained was given')
     print(f'{sum(p.numel() for p in new.parameters()) / 1e6:.3f} M parameters in {out}')
-
-# %% ../nbs/10_surgery.ipynb #5ccbe27c
-def convert_file(
-    name: str,                  # of the model
-    settings: dict,             # for `convert`; class_token as 'yes', 'no' or None
-    checkpoint: str,            # file or ''
-    pretrained: bool,           # take timm's weights
-    files: dict[str, str],      # suffix -> file to write, or ''
-) -> nn.Module:                 # the converted model
-    "What `vdc_convert` does. Everything is checked before the first file is written."
-    if not files['.safetensors']: raise ValueError('nothing to write: give --out FILE.safetensors')
-    for suffix, path in files.items():
-        if path and Path(path).suffix != suffix: raise ValueError(f'{path} should end in {suffix}')
-        if path and not Path(path).parent.is_dir(): raise ValueError(f'there is no folder {Path(path).parent} for {path}')
-    if settings['class_token'] not in ('yes', 'no', None): raise ValueError(f"class_token={settings['class_token']!r}: say yes or no, or leave it out")
-    settings = settings | dict(class_token={'yes': True, 'no': False}.get(settings['class_token']))
-    check_settings(None, **settings)
-    if pretrained and checkpoint: raise ValueError('give --checkpoint or --pretrained, not both')
-    new = convert(timm_model(name, pretrained, checkpoint or None), **settings)
-    state = {n: w.contiguous() for n, w in new.state_dict().items()}
-    write_whole(files['.safetensors'], lambda part: save_file(state, part, metadata=dict(model=name, settings=json.dumps(new.conversion.settings))))
-    for path in files['.csv'], files['.json']:
-        if path: write_report(path, name, new.conversion)
-    return new
