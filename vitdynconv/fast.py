@@ -8,7 +8,8 @@ __all__ = ['TILE', 'SMALL', 'by_onednn', 'product', 'recorded', 'Projection', 't
            'tiled_backward', 'side_by_side', 'apart', 'toeplitz', 'position_matrix', 'by_matrix', 'fourier',
            'inverse_fourier', 'by_fourier_rows', 'by_fft', 'by_convolution', 'position_way', 'relative_position',
            'masked_mean', 'masked_position', 'fast_depthwise_attention', 'fused', 'plain', 'scale_of', 'kind_of',
-           'evaluate_unmasked', 'stored_relu', 'as_matrix', 'evaluate_4d', 'dynamic_conv_attention', 'check_grid']
+           'evaluate_unmasked', 'stored_relu', 'as_matrix', 'evaluate_4d', 'dynamic_conv_attention', 'check_grid',
+           'accelerate']
 
 # %% ../nbs/09_fast.ipynb #f5524a83
 import math
@@ -157,7 +158,7 @@ def inverse_deviation(
     "One over the standard deviation of each row of logits."
     return ((q * cq).sum(-1, keepdim=True).clamp(min=0) + eps).rsqrt()
 
-# %% ../nbs/09_fast.ipynb #c3db2ace
+# %% ../nbs/09_fast.ipynb #27355a72
 def layernorm_attention(
     q: Tensor,            # (b, h, n, d)
     k: Tensor,            # (b, h, m, d)
@@ -172,7 +173,7 @@ def layernorm_attention(
     both = k.mT @ torch.cat([k / k.shape[-2], gv], -1)                # (b, h, d, 2d): covariance, and kernels times values
     cq, y = (q @ both).split([d, v.shape[-1]], -1)                    # (b, h, n, d) each
     y = y * inverse_deviation(q, cq, act.eps)
-    if act.bias is not None: y = y + torch.einsum('m,bhmd->bhd', act.bias, v)[:, :, None]
+    if act.bias is not None: y = y + torch.einsum('m,bhmd->bhd', act.bias.to(v.dtype), v)[:, :, None]
     return y.to(dtype)
 
 # %% ../nbs/09_fast.ipynb #97357b2a
@@ -571,3 +572,16 @@ def check_grid(
     n = h * w + bias.num_prefix_tokens
     if (q.shape[-2], k.shape[-2]) != (n, n):
         raise ValueError(f'a position table for a grid of {h} x {w} and {bias.num_prefix_tokens} prefix tokens fits {n} tokens, not {q.shape[-2]} queries and {k.shape[-2]} kernels; call set_grid_size, or build the model for this input size')
+
+# %% ../nbs/09_fast.ipynb #de94508f
+def accelerate(
+    model: nn.Module, # a model with mixers of ours; changed in place
+) -> nn.Module:       # the same model
+    "Let every mixer that computes by its definition compute by its fast evaluation instead, projections included."
+    fast = {attention: dynamic_conv_attention, depthwise_attention: fast_depthwise_attention}
+    for mixer in model.modules():
+        if getattr(mixer, 'evaluate', None) not in fast: continue
+        mixer.evaluate = fast[mixer.evaluate]
+        for layer in mixer.children():
+            if type(layer) is nn.Linear: layer.__class__ = Projection
+    return model
