@@ -22,7 +22,7 @@ from fastai.metrics import accuracy
 from timm.models.vision_transformer import VisionTransformer
 
 from vitdynconv.data import (
-    TensorLoader, cluttered_digits_dls, devkit_labels, digits_dls, image_transforms, imagenet_dls, preflight, write_imagefolder)
+    TensorLoader, cluttered_digits_dls, devkit_labels, digits_dls, image_transforms, imagenet_dls, own_device, preflight, write_imagefolder)
 from vitdynconv.recipes import RECIPES
 
 
@@ -84,6 +84,16 @@ def test_each_validation_image_counts_once(tree, world):
     seen = torch.cat([part.valid.draws()[1] for part in dls])
     assert sorted(seen.tolist()) == list(range(200))
     assert sum(len(y) for part in dls for _, y in part.valid) == 200
+
+
+def test_torchrun_decides_the_share_before_any_process_group(tree, monkeypatch):
+    for name, value in dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1').items(): monkeypatch.setenv(name, value)
+    for dls in (tree_dls(tree), digits_dls(), cluttered_digits_dls(copies=1)):
+        assert [(loader.rank, loader.world) for loader in dls.loaders] == [(1, 2)] * 2 and dls.train.bs == (10 if dls.train.bs == 10 else 16)
+    assert (digits_dls(rank=0, world=1).train.rank, digits_dls(rank=0, world=1).train.world) == (0, 1)
+    monkeypatch.setattr('vitdynconv.data.default_device', lambda: torch.device('cuda', 0))
+    assert own_device() == torch.device('cuda', 1), 'each process has its own GPU'
+    with pytest.raises(ValueError, match='rank=2 is not one of 2 processes'): digits_dls(rank=2, world=2)
 
 
 def test_training_reads_each_image_once_an_epoch_without_overlap(tree):
@@ -307,18 +317,32 @@ def test_torchvision_data_sets_are_readers_too(tree):
     for a, b in zip(*(part.loaders for part in dls)): assert same(epoch(a), epoch(b))
 
 
-def test_parquet(tree, tmp_path_factory):
-    datasets = pytest.importorskip('datasets', reason='reading parquet needs the datasets package')
+def write_parquet(datasets, tree, folder):
+    "One parquet file a split. Splits are read from names, so no 'test' may stand in the path."
     datasets.disable_progress_bars()
-    folder = tmp_path_factory.mktemp('parquet')  # the splits are read from names: no 'test' in the path
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=[str(i) for i in range(10)]))
     for split in ('train', 'validation'):
         files = sorted((tree / split).glob('*/*'))
         rows = dict(image=[str(file) for file in files], label=[int(file.parent.name) for file in files])
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f'{split}-00000-of-00001.parquet')
+    return folder
+
+
+def test_parquet(tree, tmp_path_factory):
+    datasets = pytest.importorskip('datasets', reason='reading parquet needs the datasets package')
+    folder = write_parquet(datasets, tree, tmp_path_factory.mktemp('parquet'))
     dls = tree_dls(folder, reader='hfds', options=dict(cache_dir=str(tmp_path_factory.mktemp('cache'))))
     expected = tree_dls(tree)
     assert same(epoch(dls.valid), epoch(expected.valid)) and same(epoch(dls.train, 2), epoch(expected.train, 2))
+
+
+def test_streamed_parquet(tree, tmp_path_factory):
+    datasets = pytest.importorskip('datasets', reason='reading parquet needs the datasets package')
+    folder = write_parquet(datasets, tree, tmp_path_factory.mktemp('parquet'))
+    options = dict(cache_dir=str(tmp_path_factory.mktemp('cache')), num_samples=200)
+    dls = tree_dls(folder, reader='hfids', options=options, workers=1)
+    assert sum(len(y) for _, y in dls.valid) == 200 and sum(len(y) for _, y in dls.train) == 200
+    assert same(epoch(dls.train, 3), epoch(tree_dls(folder, reader='hfids', options=options, workers=1).train, 3))
 
 
 # --- shards
@@ -374,7 +398,7 @@ def test_shards_are_dealt_to_processes(shards):
 
 def test_streams_say_what_they_cannot_do(shards):
     for changes, words in ((dict(repeated_aug=3), 'cannot repeat'), (dict(num_classes=None), 'set num_classes'),
-                           (dict(batch_size=20, world=5, rank=0), '4 training shards cannot be shared by 5')):
+                           (dict(batch_size=20, world=5, rank=0), '4 training shards cannot be shared by 5'), (dict(num_classes=5), 'label of the validation stream is')):
         with pytest.raises(ValueError, match=words): shard_dls(shards, **changes)
 
 
@@ -421,6 +445,7 @@ def test_a_learner_is_at_home(tree, workers, tmp_path):
         again = found[worst.tolist()]  # through `test_dl` and its labels
         assert torch.equal(again[2], targets[worst]) and torch.allclose(again[1], probabilities[worst], atol=1e-5)
         learn.show_results(max_n=3)
+        found.plot_top_losses(2)
         dls.show_batch(max_n=3)
         on_train = learn.get_preds(ds_idx=0)[0]
         assert len(on_train) == len(dls.train.dataset), 'predictions leave no image out'

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'IMAGE_SETTINGS', 'SPLITS', 'STREAMS', 'seed_from', 'kept_randomness', 'EpochLoader', 'epoch_seed',
-           'epoch_order', 'grid', 'TensorSet', 'shift_images', 'TensorLoader', 'digits_split', 'enlarge', 'digits_dls',
-           'window_grid', 'photo_crops', 'clutter', 'cluttered_digits_dls', 'folder_in_one_piece', 'write_imagefolder',
-           'ImageSet', 'keep_one_bit', 'image_transforms', 'DrawErasing', 'Requests', 'collate_readable', 'ImageLoader',
-           'find_split', 'devkit_labels', 'label_flat_split', 'class_names', 'open_split', 'class_problems',
-           'image_problems', 'complain', 'preflight', 'SkipCounter', 'ImageStream', 'StreamLoader', 'share_stream',
-           'this_process', 'image_settings', 'step_size', 'imagenet_dls']
+           'epoch_order', 'grid', 'TensorSet', 'shift_images', 'TensorLoader', 'own_share', 'digits_split', 'enlarge',
+           'digits_dls', 'window_grid', 'photo_crops', 'clutter', 'cluttered_digits_dls', 'folder_in_one_piece',
+           'write_imagefolder', 'ImageSet', 'keep_one_bit', 'image_transforms', 'DrawErasing', 'Requests',
+           'collate_readable', 'ImageLoader', 'find_split', 'devkit_labels', 'label_flat_split', 'class_names',
+           'open_split', 'class_problems', 'image_problems', 'complain', 'preflight', 'SkipCounter', 'ImageStream',
+           'StreamLoader', 'share_stream', 'stream_problems', 'own_device', 'image_settings', 'step_size',
+           'imagenet_dls']
 
-# %% ../nbs/20_data.ipynb #b6295509
+# %% ../nbs/20_data.ipynb #59c4b859
+import importlib
 import io
-import json
 import logging
 import os
 import random
@@ -22,6 +23,7 @@ import struct
 import tarfile
 import zlib
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -35,6 +37,7 @@ from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, defaul
 from fastcore.basics import patch
 from fastcore.foundation import L
 from PIL import Image
+from scipy.io import loadmat
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset, create_transform
@@ -153,7 +156,7 @@ def draws(self: EpochLoader) -> tuple:  # positions, images: (n,) each
     order = epoch_order(len(self.dataset), self.seed, self.epoch, self.shuffle, self.repeats)
     return torch.arange(len(order))[mine], order[mine]
 
-# %% ../nbs/20_data.ipynb #ba3f5792
+# %% ../nbs/20_data.ipynb #7503e2d7
 @patch(as_prop=True)
 def vocab(self: EpochLoader): return CategoryMap(self.dataset.vocab, sort=False)
 @patch(as_prop=True)
@@ -195,6 +198,7 @@ def decode_batch(self: EpochLoader, b, max_n=9):
 
 @patch
 def _pre_show_batch(self: EpochLoader, b, max_n=9):
+    importlib.import_module('fastai.vision.learner')  # teaches `Interpretation` to plot images
     x, *y = b
     return TensorImage(x), TensorCategory(y[0]) if y else None, self.decode_batch(b, max_n)
 
@@ -283,9 +287,20 @@ class TensorLoader(EpochLoader):
             if self.shuffle and data.shift: x = shift_images(x, offset)
             yield (x,) if data.labels is None else (x, data.labels[index])
 
-# %% ../nbs/20_data.ipynb #91ab8c7a
+# %% ../nbs/20_data.ipynb #0e7783b5
+def own_share(
+    rank=None,   # given, or as torchrun says
+    world=None,
+) -> tuple:      # rank, processes
+    "Place of this process among those that train, whether the process group exists yet or not."
+    rank, world = (rank_distrib() if rank is None else rank), (max(1, num_distrib()) if world is None else world)
+    if not 0 <= rank < world: raise ValueError(f'rank={rank} is not one of {world} processes: they are 0 to {world - 1}')
+    return rank, world
+
+
 def _tensor_dls(x, y, train, valid, vocab, batch_size, seed, shift, rank, world, device) -> DataLoaders:
     "Loaders of images `x` in [0, 1], normalized with the training images' statistics."
+    rank, world = own_share(rank, world)
     if batch_size % world: raise ValueError(f'batch_size={batch_size} cannot be shared by {world} processes: use a multiple of {world}')
     mean, std = x[train].mean((0, 2, 3)), x[train].std((0, 2, 3))
     x = (x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
@@ -312,17 +327,17 @@ def enlarge(x: Tensor, size: int) -> Tensor:
     "Images resized to `size` pixels a side, bicubic."
     return x if x.shape[-1] == size else F.interpolate(x, size=(size, size), mode='bicubic', align_corners=False).clamp(0, 1)
 
-# %% ../nbs/20_data.ipynb #5ebb738d
+# %% ../nbs/20_data.ipynb #710c8e0d
 def digits_dls(
-    batch_size=16,  # images a step, over all processes
+    batch_size=32,  # images a step, over all processes
     seed=0,         # decides the order of the images and their shifts, epoch by epoch
     valid_pct=0.2,  # share of the images held out
     size=16,        # pixels a side; the digits themselves have 8
     channels=1,     # 1, or 3 equal ones for a model that wants RGB
     shift=1,        # every other training draw moves its digit by up to so many pixels each way
     split_seed=42,  # decides which images are held out, whatever `seed` is
-    rank=0,         # this process
-    world=1,        # processes that share an epoch
+    rank=None,      # this process, and
+    world=None,     # how many share an epoch; torchrun's by default
     device=None,    # where batches are put; the CPU by default
 ) -> DataLoaders:   # train, valid; vocab '0' to '9'
     "Loaders of scikit-learn's 1,797 handwritten digits, normalized."
@@ -385,7 +400,7 @@ def clutter(
     covered = inside[:, 1, :, None] & inside[:, 0, None, :]
     return torch.where(covered[:, None], cover, picture)
 
-# %% ../nbs/20_data.ipynb #11bce25a
+# %% ../nbs/20_data.ipynb #c7cc32a2
 def cluttered_digits_dls(
     batch_size=32,     # images a step, over all processes
     seed=0,            # decides the order of the images and their shifts, epoch by epoch
@@ -395,7 +410,8 @@ def cluttered_digits_dls(
     channels=3,        # 3, or 1 for grey
     shift=2,           # every other training draw moves its picture by up to so many pixels each way
     data_seed=42,      # decides the pictures and which digits are held out
-    rank=0, world=1,   # this process, and how many share an epoch
+    rank=None,         # this process, and
+    world=None,        # how many share an epoch; torchrun's by default
     device=None,       # where batches are put; the CPU by default
 ) -> DataLoaders:      # train, valid; vocab '0' to '9'
     "Loaders of scikit-learn's digits moved, scaled and partly covered in crops of scikit-learn's photographs."
@@ -657,12 +673,11 @@ def find_split(
         if place.exists(): return place
     raise ValueError(f'no {split!r} split in {str(root)!r}: looked for ' + ', '.join(place.name for place in places))
 
-# %% ../nbs/20_data.ipynb #969c78f0
+# %% ../nbs/20_data.ipynb #ca923ae4
 def devkit_labels(
     devkit,   # `ILSVRC2012_devkit_t12.tar.gz`
 ) -> list:    # WordNet id of each validation image, in the order of their numbers
     "The validation labels of ILSVRC2012, from its development kit."
-    from scipy.io import loadmat  # scikit-learn needs it too
     with tarfile.open(devkit) as tar:
         files = {Path(member.name).name: member for member in tar if member.isfile()}
         meta = loadmat(io.BytesIO(tar.extractfile(files['meta.mat']).read()), squeeze_me=True)['synsets']
@@ -740,7 +755,7 @@ def image_problems(name: str, data: ImageSet, least=1) -> list:
         return [f'{data.filename(index)} in the {name} split has label {label}, but there are {len(data.vocab)} classes']
     return [f'none of the first ten images of the {name} split can be read, {data.filename(0)} for one']
 
-# %% ../nbs/20_data.ipynb #48b9f694
+# %% ../nbs/20_data.ipynb #a2a49d7d
 def complain(problems: list, root=''):
     "Raise one error that names every problem, if there is one."
     if problems: raise ValueError(f'{root}: ' * bool(root) + '; '.join(map(str, problems)))
@@ -757,6 +772,7 @@ def preflight(
         problems.append(f'the model has {classes} classes but the data have {len(dls.vocab)}: create it with num_classes={len(dls.vocab)}')
     for name, loader in (('training', dls.train), ('validation', dls.valid)):
         step = loader.bs * loader.world if loader.drop_last else 1
+        if isinstance(loader.dataset, IterableDataset): continue  # `imagenet_dls` has looked
         if isinstance(loader.dataset, ImageSet): problems += image_problems(name, loader.dataset, step)
         elif not len(loader): problems.append(f'the {name} split does not fill one step of {step}: lower batch_size')
     complain(problems)
@@ -827,7 +843,7 @@ class StreamLoader(ImageLoader):
 
     def one_batch(self): return next(iter(self.batches()))
 
-# %% ../nbs/20_data.ipynb #db96d8a8
+# %% ../nbs/20_data.ipynb #11215ce2
 def share_stream(source, training, rank, world):
     "Tell a streaming reader which process it serves; deal validation shards out without repeats."
     reader, shards = source.reader, getattr(getattr(source.reader, 'split_info', None), 'filenames', None)
@@ -840,6 +856,15 @@ def share_stream(source, training, rank, world):
     return len(shards)
 
 
+def stream_problems(name: str, source, num_classes: int) -> list:
+    "What is wrong with one split of a stream: nothing in it, nothing readable, a label out of range."
+    reader = copy(source.reader)  # the original must start in the workers, knowing nothing of this
+    reader.is_training = False    # in order, without filling a buffer
+    try: _, label = next(iter(reader))
+    except (StopIteration, *UNREADABLE) as error: return [f'no image can be read from the {name} stream ({error or "it is empty"})']
+    return [] if 0 <= int(label) < num_classes else [f'a label of the {name} stream is {label}, but there are {num_classes} classes']
+
+
 def _stream_dls(root, train, valid, settings, places, common) -> DataLoaders:
     "Loaders of streams."
     rank, world, workers = common['rank'], common['world'], settings['workers']
@@ -848,6 +873,7 @@ def _stream_dls(root, train, valid, settings, places, common) -> DataLoaders:
     if settings['repeated_aug'] > 1: problems.append('a stream cannot repeat images in a row: set repeated_aug=0, or use a reader with random access')
     shards = [share_stream(source, training, rank, world) for source, training in ((train, True), (valid, False))]
     if 0 < shards[0] < world: problems.append(f'{shards[0]} training shards cannot be shared by {world} processes: write more shards')
+    for name, source in (('training', train), ('validation', valid)): problems += stream_problems(name, source, len(vocab)) if vocab else []
     complain(problems, root)
     stats = dict(vocab=vocab, seed=settings['seed'], rank=rank, mean=settings['mean'], std=settings['std'])
     sets = [ImageStream(source, transform, **stats) for source, transform in zip((train, valid), image_transforms(settings))]
@@ -857,12 +883,11 @@ def _stream_dls(root, train, valid, settings, places, common) -> DataLoaders:
         StreamLoader(sets[0], num_workers=fit[0], random_erasing=settings['random_erasing'], drop_last=True, shuffle=True, **common),
         StreamLoader(sets[1], num_workers=fit[1], **common), device=common['device'])
 
-# %% ../nbs/20_data.ipynb #ee98156b
-def this_process() -> tuple:  # rank, processes, device
-    "Place of this process, by the environment that torchrun sets."
+# %% ../nbs/20_data.ipynb #2d48e83e
+def own_device() -> torch.device:
+    "This process's GPU as torchrun numbers them, or what fastai finds."
     device = default_device()
-    if device.type == 'cuda': device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', device.index or 0)))
-    return rank_distrib(), max(1, num_distrib()), device
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', device.index or 0))) if device.type == 'cuda' else device
 
 
 def image_settings(
@@ -906,7 +931,7 @@ def _map_dls(root, train, valid, settings, places, common) -> DataLoaders:
         ImageLoader(sets[0], random_erasing=settings['random_erasing'], repeats=settings['repeated_aug'], shuffle=True, drop_last=True, **common),
         ImageLoader(sets[1], **common), device=common['device'])
 
-# %% ../nbs/20_data.ipynb #ba85772b
+# %% ../nbs/20_data.ipynb #a88435fe
 def imagenet_dls(
     root,                     # folder with the splits; a name or folder of parquet files for 'hfds'; a folder or address of shards for 'wds'
     reader='',                # timm's: '' (folders, tars), 'hfds', 'hfids', 'wds', 'tfds/NAME', 'torch/NAME', 'hfds/NAME', ...
@@ -922,9 +947,9 @@ def imagenet_dls(
 
     Raises ValueError that names every problem found: a missing split or class, a class count that differs from
     `num_classes`, too few images, images that cannot be read, a setting that does not exist."""
-    settings, here, options = image_settings(recipe, **settings), this_process(), options or {}
-    rank, world = (here[0] if rank is None else rank), (here[1] if world is None else world)
-    common = dict(bs=step_size(settings, world), seed=settings['seed'], rank=rank, world=world, device=torch.device(device or here[2]))
+    settings, (rank, world), options = image_settings(recipe, **settings), own_share(rank, world), options or {}
+    device = own_device() if device is None else torch.device(device)
+    common = dict(bs=step_size(settings, world), seed=settings['seed'], rank=rank, world=world, device=device)
     places = [] if reader else [find_split(root, split) for split in (train_split, valid_split)]
     if places and places[0] == places[1]: raise ValueError(f'training and validation images are both {places[0]}')
     extra = dict(batch_size=common['bs'], seed=settings['seed']) if reader.split('/')[0] in STREAMS else {}

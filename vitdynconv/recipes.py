@@ -275,12 +275,12 @@ def differences(
 Recipe.table = Recipe._repr_markdown_ = table
 Recipe.differences = differences
 
-# %% ../nbs/21_recipes.ipynb #a6d32bd8
+# %% ../nbs/21_recipes.ipynb #c440e349
 _small_vit = dict(img_size=16, patch_size=4, in_chans=1, class_token=False, global_pool='avg',
                   embed_dim=96, depth=3, num_heads=3, mlp_ratio=2.0, weight_init='jax')
 _plain = dict(label_smoothing=0.1, drop_path=0.0, mixup=0.0, cutmix=0.0, rand_augment='', random_erasing=0.0)
 RECIPES |= {recipe.name: recipe for recipe in (
-    Recipe('digits', 'vit_tiny_patch16_224', _small_vit, num_classes=10, input_size=16, epochs=20, batch_size=16, lr=2e-3, lr_batch_size=16,
-           warmup_epochs=1.0, workers=0, keep_best=1, **_plain),
+    Recipe('digits', 'vit_tiny_patch16_224', _small_vit, num_classes=10, input_size=16, epochs=20, batch_size=32, lr=2e-3, lr_batch_size=32,
+           warmup_epochs=0.5, workers=0, keep_best=1, **_plain),
     Recipe('finetune', 'deit_small_patch16_224', activation='ln_relu', pretrained=True, epochs=30, batch_size=512, lr=1e-4, lr_batch_size=512,
            warmup_epochs=5.0, warmup_lr=1e-7, min_lr=1e-6, weight_decay=1e-8, layer_decay=0.75, mixup=0.1, cutmix=0.1, crop_pct=0.9))}
