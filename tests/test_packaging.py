@@ -12,7 +12,7 @@ config.read(ROOT/"settings.ini", encoding="utf-8")
 CONFIG = config["DEFAULT"]
 SCRIPTS = dict(script.split("=") for script in CONFIG["console_scripts"].split())
 MODULES = sorted(p.stem for p in (ROOT/"vitdynconv").glob("*.py") if not p.stem.startswith("_"))
-DERIVATION = "conv equivalence activations position selection attention depthwise dynconv framework".split()
+DERIVATION = "conv equivalence activations position selection attention depthwise dynconv framework proofs".split()
 
 
 def python(code):

@@ -26,9 +26,10 @@ def depthwise_attention(
     if mask is None: y = q * k.mean(-2, keepdim=True)
     else: y = q * ((mask.to(k.dtype) @ k) / mask.sum(-1, keepdim=True))
     if bias is None: return y
-    per_head = bias.unflatten(0, (q.shape[-3], -1))                              # (h, 1 or d, n, n)
-    if mask is not None: per_head = per_head * mask.unsqueeze(-3)                # (..., h, 1 or d, n, n)
-    return y + (per_head @ k.mT.unsqueeze(-1)).squeeze(-1).mT                    # b_ij k_j, channel by channel
+    if bias.shape[0] == q.shape[-3]: return y + (bias if mask is None else bias * mask) @ k   # one table a head
+    per_channel = bias.unflatten(0, (q.shape[-3], -1))                                        # (h, d, n, n)
+    if mask is not None: per_channel = per_channel * mask.unsqueeze(-3)                       # (..., h, d, n, n)
+    return y + (per_channel @ k.mT.unsqueeze(-1)).squeeze(-1).mT                              # b_ij k_j, channel by channel
 
 # %% ../nbs/06_depthwise.ipynb #ef1cd845
 def check_depthwise(
