@@ -33,6 +33,7 @@ CASES: list[tuple] = []  # (system, computation, reference, function of dtype ->
 def case(system: str, computation: str, reference: str):
     "Decorator: enter a pair of computations into the list of proofs."
     def enter(f):
+        f.__doc__ = f'{system}: {computation}, against {reference}'
         CASES.append((system, computation, reference, f))
         return f
     return enter
