@@ -153,13 +153,13 @@ def restore(
     learn.add_cb(Restore(checkpoint))
     return checkpoint['epoch']
 
-# %% ../nbs/22a_checkpoint.ipynb #dd23ef18
+# %% ../nbs/22a_checkpoint.ipynb #1526a173
 def save_weights(
     path,         # `model.safetensors`
     model,        # its state dict is written
     recipe=None,  # goes into the header
 ):
     "Weights as safetensors; nothing in the file can run."
-    header = dict(format='pt', recipe=json.dumps(dataclasses.asdict(recipe))) if recipe else dict(format='pt')
+    header = dict(recipe=json.dumps(dataclasses.asdict(recipe))) if recipe else None  # one entry: more come in any order
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with replacing(path) as file: file.write(safetensors.torch.save(tensors, header))

@@ -1,0 +1,100 @@
+"Several processes: the same training as one, every image once, and an end with an error when one of them dies."
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import TINY, rows_of, run, same_bytes, start, tree  # noqa: F401 (a fixture)
+
+from vitdynconv.checkpoint import save_weights
+from vitdynconv.data import digits_dls
+from vitdynconv.recipes import RECIPES
+from vitdynconv.train import recipe_model
+
+# no drop path and no mixing: those are drawn by each process, and would differ from one process's
+EVEN = ['--epochs', '2', '--batch_size', '64', '--set', 'lr_batch_size=64 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']
+
+
+def workers(process):
+    "The training processes of a torchrun."
+    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('runs')
+    code, _, errors = run(folder, *EVEN, '--out', 'one')
+    assert code == 0, errors
+    code, _, errors = run(folder, *EVEN, '--out', 'two', processes=2)
+    assert code == 0, errors
+    return folder
+
+
+def test_two_processes_have_the_curve_of_one(runs):
+    one, two = rows_of(runs/'one'), rows_of(runs/'two')
+    for name in ('train_loss', 'valid_loss', 'lr', 'gradient_norm'):
+        assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], rel=1e-4), name
+    for name in ('accuracy', 'ema_accuracy'): assert [row[name] for row in two] == [row[name] for row in one]
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'model_ema.safetensors'])
+def test_two_processes_have_the_weights_of_one(runs, file):
+    "Within float32 rounding. Softmax does not see the keys' bias: its gradient is nothing but rounding, which Adam makes a step of."
+    one, two = load_file(runs/'one'/file), load_file(runs/'two'/file)
+    for name, weight in one.items():
+        difference = (weight - two[name]).abs()
+        if name.endswith('qkv.bias'): difference = difference.view(3, -1)[[0, 2]]
+        assert float(difference.max()) < 2e-5, name
+    assert max(float((one[name] - weight).abs().max()) for name, weight in recipe_model(RECIPES['digits']).state_dict().items()) > 0.01, 'nothing was trained'
+
+
+def test_a_dead_process_ends_the_run_and_the_resumed_one_has_the_same_bits(runs):
+    process = start(runs, *EVEN, '--out', 'dead', processes=2)
+    while not (runs/'dead/history.csv').exists(): assert process.poll() is None   # written after the first checkpoint
+    os.kill(workers(process)[1], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0, 'a run that lost a process is no success'
+    assert not (runs/'dead/model.safetensors').exists()
+    code, out, errors = run(runs, '--resume', 'dead', processes=2)
+    assert code == 0 and 'going on after epoch 1 of 2' in out, errors
+    assert same_bytes(runs/'two', runs/'dead', 'model.safetensors', 'model_ema.safetensors')
+
+
+def test_processes_share_the_images_without_overlap():
+    whole = digits_dls(batch_size=48)
+    for world in (2, 3):
+        shares = [digits_dls(batch_size=48, rank=rank, world=world) for rank in range(world)]
+        for which in (0, 1):
+            seen = [number for share in shares for number in share[which].draws()[1].tolist()]
+            assert sorted(seen) == sorted(whole[which].draws()[1].tolist())
+        steps = zip(*(share.train for share in shares))
+        for parts, (x, _) in zip(steps, whole.train):
+            together = torch.cat([part for part, _ in parts])
+            rows = lambda images: sorted(map(tuple, images.flatten(1).tolist()))
+            assert rows(together) == rows(x), "a step's images are those of one process"
+
+
+def test_validation_counts_each_image_once(tree, tmp_path):
+    "20 images on 3 processes: nobody pads."
+    torch.manual_seed(0)
+    save_weights(tmp_path/'model.safetensors', recipe_model(TINY), TINY)
+    results = []
+    for processes in (1, 3):
+        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
+        subprocess.run([sys.executable, '-W', 'ignore', *launcher, '-m', 'vitdynconv.evaluate', '--checkpoint', 'model.safetensors', '--data', str(tree),
+                        '--batch_size', '12', '--json', f'{processes}.json'], cwd=tmp_path, check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+        results.append(json.loads((tmp_path/f'{processes}.json').read_text())[0])
+    one, three = results
+    assert one['images'] == three['images'] == 20
+    assert (three['top1'], three['top5']) == (one['top1'], one['top5'])
+    assert three['loss'] == pytest.approx(one['loss'], rel=1e-5)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
+    code, _, errors = run(tmp_path, '--batch_size', 15, '--out', 'RUN', processes=2)
+    assert code != 0 and 'vdc_train: batch_size=15' in errors and not list(tmp_path.iterdir())
