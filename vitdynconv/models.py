@@ -20,6 +20,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from .attention import DynamicConvAttention
+from .fast import accelerate
 from .dynconv import DynamicConv2d, DynamicDepthwiseConv2d
 from .selection import ProjectedKernels
 from .surgery import classes_in, convert, find_mixers, operate, read_weights, timm_model
@@ -124,7 +125,7 @@ def exchange(
         mixer = SYSTEMS[system](block.attn, block.input_resolution if swin else new.patch_embed.grid_size, prefix, **options)
         block.attn = mixer.to(block.norm1.weight).train(block.training)
         return {}
-    return operate(model, replace, pos, class_token if not swin else None, system=system, **options)
+    return accelerate(operate(model, replace, pos, class_token if not swin else None, system=system, **options))
 
 # %% ../nbs/11_models.ipynb #49767589
 def fits(

@@ -31,6 +31,7 @@ from .activations import Softmax, create_activation
 from .attention import DynamicConvAttention
 from .commands import check_target, checked, replacing, save_rows
 from .depthwise import DepthwiseSelfAttention
+from .fast import accelerate
 
 # %% ../nbs/10_surgery.ipynb #e0965bfc
 MIXERS = Attention, WindowAttention, DynamicConvAttention, DepthwiseSelfAttention
@@ -298,7 +299,8 @@ def convert(
     if kernel == 'depthwise': make, how = DepthwiseSelfAttention.from_timm, how | dict(pos_per=pos_per)
     else: make, how = DynamicConvAttention.from_timm, how | dict(activation=activation, activation_options=activation_options)
     named = activation if isinstance(activation, str) else type(activation).__name__
-    return operate(model, lambda new, path: replace_mixer(new, path, make, pos, **copy.deepcopy(how)), pos, class_token, activation=named, kernel=kernel)
+    new = operate(model, lambda new, path: replace_mixer(new, path, make, pos, **copy.deepcopy(how)), pos, class_token, activation=named, kernel=kernel)
+    return new if evaluate else accelerate(new)
 
 # %% ../nbs/10_surgery.ipynb #7e751326
 def no_way_back(
