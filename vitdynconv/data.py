@@ -156,7 +156,7 @@ def draws(self: EpochLoader) -> tuple:  # positions, images: (n,) each
     order = epoch_order(len(self.dataset), self.seed, self.epoch, self.shuffle, self.repeats)
     return torch.arange(len(order))[mine], order[mine]
 
-# %% ../nbs/20_data.ipynb #7503e2d7
+# %% ../nbs/20_data.ipynb #ec417053
 @patch(as_prop=True)
 def vocab(self: EpochLoader): return CategoryMap(self.dataset.vocab, sort=False)
 @patch(as_prop=True)
@@ -179,7 +179,7 @@ def one_batch(self: EpochLoader):
     if not len(self): raise ValueError(f'no batch: {len(self.dataset)} images are fewer than one step of {self.bs * self.world}')
     return next(iter(self.new(num_workers=0).batches()))
 
-
+# %% ../nbs/20_data.ipynb #3da40533
 @patch
 def decode(self: EpochLoader, x: Tensor) -> list:
     "Normalized images as pictures that can show themselves."
@@ -287,7 +287,7 @@ class TensorLoader(EpochLoader):
             if self.shuffle and data.shift: x = shift_images(x, offset)
             yield (x,) if data.labels is None else (x, data.labels[index])
 
-# %% ../nbs/20_data.ipynb #0e7783b5
+# %% ../nbs/20_data.ipynb #1971440b
 def own_share(
     rank=None,   # given, or as torchrun says
     world=None,
@@ -310,7 +310,7 @@ def _tensor_dls(x, y, train, valid, vocab, batch_size, seed, shift, rank, world,
         TensorLoader(TensorSet(x[train], y[train], shift=shift, **stats), shuffle=True, drop_last=True, **common),
         TensorLoader(TensorSet(x[valid], y[valid], **stats), **common), device=torch.device(device or 'cpu'))
 
-
+# %% ../nbs/20_data.ipynb #23d53c96
 def digits_split(
     valid_pct=0.2,  # share of the images held out
     split_seed=42,  # decides which
@@ -496,7 +496,7 @@ class ImageSet(Dataset):
         "What remains to prepare new images when the data stay behind."
         return type(self)([], self.transform, self.vocab, False, [], self.mean, self.std)
 
-# %% ../nbs/20_data.ipynb #88898b7f
+# %% ../nbs/20_data.ipynb #69cc6325
 @patch
 def read(
     self: ImageSet,
@@ -527,7 +527,7 @@ def __getitem__(self: ImageSet, request):  # uint8 (c, h, w), label; None for an
             return self.transform(picture), label
     if self.substitute: raise RuntimeError(f'none of {len(self)} images can be read; the first is {self.filename(0)}')
 
-
+# %% ../nbs/20_data.ipynb #790aaa5b
 @patch
 def close(self: ImageSet):
     "Let go of open archives, before workers are made: processes must not share a position in a file."
@@ -613,7 +613,7 @@ def collate_readable(samples, size):
     if samples: return fast_collate(samples)
     return torch.zeros(0, 3, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
 
-# %% ../nbs/20_data.ipynb #05599a64
+# %% ../nbs/20_data.ipynb #3e11452f
 class ImageLoader(EpochLoader):
     "Batches of decoded, augmented, normalized and partly erased images on the device."
     settings = EpochLoader.settings + ('input_size', 'random_erasing', 'num_workers')
@@ -639,7 +639,7 @@ class ImageLoader(EpochLoader):
 
     def keys(self):
         "The names of this process's draws, in order, set apart from those that augmentation uses."
-        return ((self.seed, self.epoch, int(position), 1) for position in self.draws()[0])
+        return ((self.seed, self.epoch, position, 1) for position in range(self.rank, self.total, self.world))
 
     def batches(self):
         ahead = PrefetchLoader(self.source(), self.dataset.mean, self.dataset.std, device=self.device)
@@ -647,13 +647,15 @@ class ImageLoader(EpochLoader):
         for x, y in ahead:
             if len(x): yield (x, y) if self.dataset.labelled else (x,)
 
-    @property
-    def skipped(self) -> list:
-        "Names of the images that could not be read so far."
-        return [self.dataset.filename(index) for index in self.dataset.unreadable.nonzero()[:, 0].tolist()]
+# %% ../nbs/20_data.ipynb #1dea7584
+@patch(as_prop=True)
+def skipped(self: ImageLoader) -> list:
+    "Names of the images that could not be read so far."
+    return [self.dataset.filename(index) for index in self.dataset.unreadable.nonzero()[:, 0].tolist()]
 
-    @property
-    def items(self): return [index for index, bad in enumerate(self.dataset.unreadable.tolist()) if not bad]
+
+@patch(as_prop=True)
+def items(self: ImageLoader): return [index for index, bad in enumerate(self.dataset.unreadable.tolist()) if not bad]
 
 # %% ../nbs/20_data.ipynb #100adc69
 SPLITS = {'train': ('train', 'training', 'ILSVRC2012_img_train'),
@@ -778,7 +780,7 @@ def preflight(
     complain(problems)
     return f'{len(train):,} training images, {len(valid):,} held-out images, {len(dls.vocab)} classes'
 
-# %% ../nbs/20_data.ipynb #a5f93f47
+# %% ../nbs/20_data.ipynb #0264d1b0
 STREAMS = ('wds', 'hfids', 'tfds')
 
 
@@ -792,7 +794,7 @@ class SkipCounter(logging.Filter):
         self.counts[self.worker] += 'webdataset error' in record.msg
         return True
 
-
+# %% ../nbs/20_data.ipynb #48cb0de7
 class ImageStream(IterableDataset):
     "Images of a streaming reader, augmented with random numbers of (seed, epoch, rank, worker, count)."
     labelled = True
@@ -843,7 +845,7 @@ class StreamLoader(ImageLoader):
 
     def one_batch(self): return next(iter(self.batches()))
 
-# %% ../nbs/20_data.ipynb #11215ce2
+# %% ../nbs/20_data.ipynb #fc60a219
 def share_stream(source, training, rank, world):
     "Tell a streaming reader which process it serves; deal validation shards out without repeats."
     reader, shards = source.reader, getattr(getattr(source.reader, 'split_info', None), 'filenames', None)
@@ -855,7 +857,7 @@ def share_stream(source, training, rank, world):
     reader.num_samples = sum(info.shard_lengths) or reader.num_samples // world
     return len(shards)
 
-
+# %% ../nbs/20_data.ipynb #78c8c60b
 def stream_problems(name: str, source, num_classes: int) -> list:
     "What is wrong with one split of a stream: nothing in it, nothing readable, a label out of range."
     reader = copy(source.reader)  # the original must start in the workers, knowing nothing of this
@@ -883,7 +885,7 @@ def _stream_dls(root, train, valid, settings, places, common) -> DataLoaders:
         StreamLoader(sets[0], num_workers=fit[0], random_erasing=settings['random_erasing'], drop_last=True, shuffle=True, **common),
         StreamLoader(sets[1], num_workers=fit[1], **common), device=common['device'])
 
-# %% ../nbs/20_data.ipynb #2d48e83e
+# %% ../nbs/20_data.ipynb #9a546b0f
 def own_device() -> torch.device:
     "This process's GPU as torchrun numbers them, or what fastai finds."
     device = default_device()
@@ -905,10 +907,11 @@ def step_size(settings: dict, world: int) -> int:
     "Images a step and process; the batch must divide."
     batch, accumulated = settings['batch_size'], settings['grad_accum']
     if batch % (world * accumulated):
-        raise ValueError(f'batch_size={batch} cannot be shared by {world} processes and {accumulated} accumulated steps: use a multiple of {world * accumulated}')
+        raise ValueError(f'batch_size={batch} cannot be shared by {world} processes and {accumulated} accumulated steps: '
+                         f'use a multiple of {world * accumulated}')
     return batch // (world * accumulated)
 
-# %% ../nbs/20_data.ipynb #50da1f3f
+# %% ../nbs/20_data.ipynb #ac653422
 def _map_dls(root, train, valid, settings, places, common) -> DataLoaders:
     "Loaders of readers with random access, looked at before they are returned."
     vocab, names = (class_names(split) or [str(i) for i in range(settings['num_classes'] or 0)] for split in (train, valid))
@@ -919,7 +922,8 @@ def _map_dls(root, train, valid, settings, places, common) -> DataLoaders:
         names = vocab
     problems = class_problems(vocab, names, places, settings['num_classes']) if vocab else ['the data do not tell their classes: set num_classes']
     if flat and not kits:
-        problems = ['the validation images lie in no class folders: sort them into one folder a class, or put ILSVRC2012_devkit_t12.tar.gz beside them']
+        problems = ['the validation images lie in no class folders: sort them into one folder a class, '
+                    'or put ILSVRC2012_devkit_t12.tar.gz beside them']
     complain(problems, root)
     transforms, stats = image_transforms(settings), dict(mean=settings['mean'], std=settings['std'])
     sets = [ImageSet(source, transform, vocab, substitute, **stats)

@@ -94,7 +94,7 @@ class Regularization:
     mixup_switch_prob: float = setting(0.5, 'chance of cutmix where both are on', DEIT, between(0, 1))
     mixup_off_epoch: int = setting(0, 'first epoch without mixing; 0: never', OURS, between(0))
 
-# %% ../nbs/21_recipes.ipynb #03521d03
+# %% ../nbs/21_recipes.ipynb #ad01e580
 @dataclass(frozen=True)
 class Augmentation:
     rand_augment: str = setting('rand-m9-mstd0.5-inc1', "RandAugment in timm's words; empty: off", TABLE4)
@@ -102,7 +102,7 @@ class Augmentation:
     random_erasing: float = setting(0.25, 'share of the images that lose a box', TABLE4, between(0, 1))
     color_jitter: float = setting(0.0, 'ignored by timm while RandAugment is on', OURS, between(0))
     interpolation: str = setting('bicubic', 'of every resize', MMCLS, one_of('bicubic', 'bilinear', 'random'))
-    crop_pct: float = setting(224 / 256, 'share of the resized image that evaluation looks at', MMCLS, Check(lambda v: 0 < v <= 1, 'above 0, up to 1'))
+    crop_pct: float = setting(224 / 256, 'share of the resized image that evaluation looks at', MMCLS, between(0.01, 1))
 
 # %% ../nbs/21_recipes.ipynb #e9025556
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Machine:
     compile: bool = setting(False, 'torch.compile', OURS)
     keep_best: int = setting(3, 'checkpoints kept besides the last', OURS, between(0))
 
-# %% ../nbs/21_recipes.ipynb #6c24198b
+# %% ../nbs/21_recipes.ipynb #b6c50f93
 def accepts(
     kind,   # a field's annotation, such as `float | None`
     value,
@@ -140,7 +140,8 @@ class Recipe(Machine, Augmentation, Regularization, Schedule, ModelSettings):
         wrong = [words for each in dataclasses.fields(self) if (words := complaint(self, each))]
         if not wrong:
             if self.warmup_epochs and self.warmup_epochs >= self.epochs:
-                wrong.append(f'warmup_epochs={self.warmup_epochs:g} does not end before epochs={self.epochs}: set warmup_epochs={self.epochs / 15:.2g} or more epochs')
+                wrong.append(f'warmup_epochs={self.warmup_epochs:g} does not end before epochs={self.epochs}: '
+                             f'set warmup_epochs={self.epochs / 15:.2g} or more epochs')
             if self.batch_size % self.grad_accum:
                 wrong.append(f'batch_size={self.batch_size} has no {self.grad_accum} equal parts: change it or grad_accum')
             elif (self.mixup or self.cutmix) and self.batch_size // self.grad_accum % 2:
