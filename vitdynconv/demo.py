@@ -6,15 +6,14 @@
 __all__ = ['VARIANTS', 'demo_model', 'train_variant', 'model_summary', 'check_out', 'write_results', 'check_demo', 'run_demo',
            'vdc_demo']
 
-# %% ../nbs/25_demo.ipynb #5f8a0b4e
+# %% ../nbs/25_demo.ipynb #9c4af89d
 import json
 import os
 import platform
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
-import fastai
-import timm
 import torch
 from fastcore.script import call_parse
 from torch import nn
@@ -109,7 +108,7 @@ def check_demo(
     if threads < 0: raise ValueError(f'--threads {threads} is no number of threads; give 1 or more, or 0 for as many as PyTorch takes')
     return names
 
-# %% ../nbs/25_demo.ipynb #b57b3dbe
+# %% ../nbs/25_demo.ipynb #5e21752d
 def run_demo(
     names: list[str], # variants to train
     recipe: Recipe,   # how
@@ -122,7 +121,7 @@ def run_demo(
     results = [train_variant(name, recipe) for name in names]
     summaries, history = [s for s, _ in results], [row for _, rows in results for row in rows]
     print(f'\n{format_table(summaries)}')
-    versions = dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__)
+    versions = dict(python=platform.python_version()) | {name: version(name) for name in ('torch', 'timm', 'fastai')}
     report = dict(equivalence=proofs, results=summaries, recipe=recipe.__dict__, versions=versions, threads=torch.get_num_threads())
     write_results(out, report, history)
     print(f'\nwritten: {", ".join(str(out / name) for name in ("history.csv", "curves.png", "report.json"))}')
