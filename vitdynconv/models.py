@@ -165,7 +165,7 @@ def operation_for(
     if wrong: raise ValueError(f'{wrong[0]}={given[wrong[0]]!r} means nothing to {system}; its settings are pos, class_token, {", ".join(own)}')
     return partial(exchange, system=system, **{k: v for k, v in given.items() if k in (*own, 'pos', 'class_token')}, **{k: kwargs.pop(k) for k in own if k in kwargs})
 
-# %% ../nbs/11_models.ipynb #c8d771c6
+# %% ../nbs/11_models.ipynb #ff29c322
 def build(
     name: str,                            # of the entry in timm's registry
     base: str,                            # timm's name of the body
@@ -179,8 +179,10 @@ def build(
     features = dict(flatten_sequential=True, out_indices=tuple(range(len(kwargs.get('depths', 'four'))))) if 'swin' in base else dict(feature_cls='getter', out_indices=3)
     if 'out_indices' in kwargs: features['out_indices'] = kwargs.pop('out_indices')
     source = {k: kwargs[k] for k in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir') if kwargs.get(k) is not None}
+    published = not isinstance(source.get('pretrained_cfg', ''), str)  # a configuration of its own: weights of the finished model, as from 'local-dir:' and 'hf-hub:'
+    if published: checkpoint = None
     if checkpoint: kwargs = classes_in(checkpoint) | kwargs
-    return build_model_with_cfg(partial(assemble, base, operation, pretrained, checkpoint, **source), name, False, feature_cfg=features, **kwargs)
+    return build_model_with_cfg(partial(assemble, base, operation, pretrained and not published, checkpoint, **source), name, pretrained and published, feature_cfg=features, **kwargs)
 
 # %% ../nbs/11_models.ipynb #45213f89
 BASES = [*(f'deit_{size}_patch16_224' for size in ('tiny', 'small', 'base')), 'deit_base_patch16_384',
@@ -219,7 +221,7 @@ for base in BASES: register(base)
 for system in SYSTEMS:
     for base in BODIES: register(base, system)
 
-# %% ../nbs/11_models.ipynb #bcd0b809
+# %% ../nbs/11_models.ipynb #c62194ba
 def create_model(
     name: str,                               # timm's name of the body, with or without 'vdc_'; or 'dconv_...', 'ddwconv_...', 'linformer_...'
     activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module
@@ -237,7 +239,9 @@ def create_model(
         if not timm.is_model(name): raise ValueError(f'unknown model {name!r}; did you mean {" or ".join(get_close_matches(name, known, 3, 0))}?')
         find_mixers(timm.create_model(name, device='meta'))
         register(name)
-    return timm.create_model(f'vdc_{name}{dot}{tag}', pretrained=pretrained, activation=activation, kernel=kernel, pos=pos, class_token=class_token, checkpoint=checkpoint, **timm_kwargs)
+    model = timm.create_model(f'vdc_{name}{dot}{tag}', pretrained=pretrained, activation=activation, kernel=kernel, pos=pos, class_token=class_token, checkpoint=checkpoint, **timm_kwargs)
+    vars(model).get('_model_args', {}).pop('checkpoint', None)   # timm publishes these arguments with a model; a path is nobody else's business
+    return model
 
 # %% ../nbs/11_models.ipynb #187236ba
 _ROWS = """
