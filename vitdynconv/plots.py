@@ -486,19 +486,24 @@ def draw_choices(
         mark(place(sheet, f'{name} output', seen[name].output.clip(0, 1), x, high + .62, wide, high, '' if c else 'outputs'), *here)
     return sheet
 
-# %% ../nbs/13_plots.ipynb #de1fc62e
+# %% ../nbs/13_plots.ipynb #34efcd29
 def explore(
     photo: Tensor | None = None, # (1, 3, H, W); the flower if None
     **mixer,                     # options of `PhotoMixer`
 ):                               # an `ipywidgets.interactive`: sliders for row, column and head above the picture
     "Pick a position of a photograph and see its kernels, their weights under each activation and the outputs. ImportError, with the cure, without ipywidgets."
-    try: import ipywidgets
+    try:
+        import ipywidgets
+        from IPython.display import display
     except ImportError: raise ImportError('explore() needs ipywidgets, which notebooks use for sliders: pip install ipywidgets') from None
     photo = photograph() if photo is None else photo
     mixer = PhotoMixer(photo, **mixer)
     (h, w), seen = mixer.grid, see(mixer)
     slider = lambda value, top: ipywidgets.IntSlider(value, 0, top - 1, continuous_update=False)
-    def draw(row, column, head): return draw_choices(photo, seen, (h, w), (row, column), head)
+    def draw(row, column, head):
+        figure = draw_choices(photo, seen, (h, w), (row, column), head)
+        display(figure)
+        return figure
     return ipywidgets.interactive(draw, row=slider(h // 2, h), column=slider(w // 2, w), head=slider(0, mixer.block.num_heads))
 
 # %% ../nbs/13_plots.ipynb #fe97ac9e
