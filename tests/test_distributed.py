@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import TINY, rows_of, run, same_bytes, start, tree  # noqa: F401 (a fixture)
+from test_train import TINY, TORCHRUN, rows_of, run, same_bytes, start, tree, wait_until  # noqa: F401 (a fixture)
 
 from vitdynconv.checkpoint import save_weights
 from vitdynconv.data import digits_dls
+from vitdynconv.evaluate import vdc_eval
 from vitdynconv.recipes import RECIPES
-from vitdynconv.train import recipe_model
+from vitdynconv.train import recipe_dls, recipe_model
 
 # no drop path and no mixing: those are drawn by each process, and would differ from one process's
 EVEN = ['--epochs', '2', '--batch_size', '64', '--set', 'lr_batch_size=64 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']
@@ -55,7 +56,7 @@ def test_two_processes_have_the_weights_of_one(runs, file):
 
 def test_a_dead_process_ends_the_run_and_the_resumed_one_has_the_same_bits(runs):
     process = start(runs, *EVEN, '--out', 'dead', processes=2)
-    while not (runs/'dead/history.csv').exists(): assert process.poll() is None   # written after the first checkpoint
+    wait_until((runs/'dead/history.csv').exists, process)        # it is written after the first checkpoint
     os.kill(workers(process)[1], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0, 'a run that lost a process is no success'
@@ -81,20 +82,17 @@ def test_processes_share_the_images_without_overlap():
 
 def test_validation_counts_each_image_once(tree, tmp_path):
     "20 images on 3 processes: nobody pads."
-    torch.manual_seed(0)
     save_weights(tmp_path/'model.safetensors', recipe_model(TINY), TINY)
-    results = []
-    for processes in (1, 3):
-        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
-        subprocess.run([sys.executable, '-W', 'ignore', *launcher, '-m', 'vitdynconv.evaluate', '--checkpoint', 'model.safetensors', '--data', str(tree),
-                        '--batch_size', '12', '--json', f'{processes}.json'], cwd=tmp_path, check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
-        results.append(json.loads((tmp_path/f'{processes}.json').read_text())[0])
-    one, three = results
+    arguments = dict(checkpoint=str(tmp_path/'model.safetensors'), data=str(tree), batch_size='12')
+    vdc_eval(**arguments, json=str(tmp_path/'one.json'))
+    options = [word for name, value in arguments.items() for word in (f'--{name}', value)]
+    subprocess.run([sys.executable, '-W', 'ignore', *TORCHRUN, '3', '-m', 'vitdynconv.evaluate', *options, '--json', str(tmp_path/'three.json')],
+                   check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    one, three = (json.loads((tmp_path/f'{name}.json').read_text())[0] for name in ('one', 'three'))
     assert one['images'] == three['images'] == 20
     assert (three['top1'], three['top5']) == (one['top1'], one['top5'])
     assert three['loss'] == pytest.approx(one['loss'], rel=1e-5)
 
 
-def test_a_batch_that_processes_cannot_share_is_refused(tmp_path):
-    code, _, errors = run(tmp_path, '--batch_size', 15, '--out', 'RUN', processes=2)
-    assert code != 0 and 'vdc_train: batch_size=15' in errors and not list(tmp_path.iterdir())
+def test_a_batch_that_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match='batch_size=16 does not split over 3 processes'): recipe_dls(RECIPES['digits'], world=3)

@@ -231,17 +231,17 @@ def test_a_log_is_plain_lines_and_a_terminal_gets_a_bar(tmp_path):
     script = tmp_path/'run.py'
     script.write_text(SCRIPT.format(tests=os.path.dirname(__file__)))
     command = [sys.executable, '-W', 'ignore', str(script)]
+    ours, theirs = pty.openpty()
+    on_terminal = subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
     piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert '\r' not in piped and '\x1b' not in piped
     assert [line.split()[0] for line in piped.splitlines()] == ['epoch', '1']
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL)
-    os.close(theirs)
     seen = b''
     while True:
         try: chunk = os.read(ours, 4096)
         except OSError: break                           # the other end is closed
         if not chunk: break
         seen += chunk
-    assert process.wait() == 0
+    assert on_terminal.wait() == 0
     assert b'epoch 1/1 train' in seen and b'%|' in seen and b'\r' in seen

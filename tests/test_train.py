@@ -1,6 +1,5 @@
 "vdc_train and vdc_eval as a user has them: runs, resume after every kind of death, refusals, and Table 4 in effect on a tree of JPEG files."
 import csv
-import dataclasses
 import json
 import os
 import pickle
@@ -9,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
@@ -18,21 +17,21 @@ from fastai.basics import Callback
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vitdynconv.checkpoint import CheckpointError, Checkpoints, RunStopped, load_checkpoint
+from vitdynconv.checkpoint import CheckpointError, RunStopped, load_checkpoint
 from vitdynconv.data import imagenet_dls
 from vitdynconv.evaluate import read_weights, vdc_eval
 from vitdynconv.learner import warmup_cosine
-from vitdynconv.logbook import tensorboard_writer
 from vitdynconv.recipes import RECIPES, Recipe
 from vitdynconv.train import recipe_dls, recipe_model, run_learner, vdc_train
 
 HARD = ['--epochs', '3', '--batch_size', '128', '--lr', '8e-3',   # all that makes exactness hard, on a few steps
         '--set', 'lr_batch_size=128 warmup_epochs=0.5 drop_path=0.1 ema=yes ema_decay=0.9 mixup=0.8 cutmix=1.0 grad_accum=2']
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
 
 
 def start(folder, *arguments, processes=1, **options):
     "A `vdc_train` of its own, or several under torchrun."
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
+    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
     return subprocess.Popen([sys.executable, '-u', '-W', 'ignore', *launcher, '-m', 'vitdynconv.train', *map(str, arguments)], cwd=folder, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'), **options)
 
@@ -49,6 +48,13 @@ def wait_for(process, first):
     for line in process.stdout:
         if line.split()[:1] == [first]: return
     raise AssertionError(f'no line {first!r}: {process.stderr.read()}')
+
+
+def wait_until(true, process):
+    "Wait, while the process lives, for something to become true."
+    while not true():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
 
 
 def rows_of(folder): return list(csv.DictReader((folder/'history.csv').open()))
@@ -96,11 +102,11 @@ def test_tensorboard_gets_the_same_rows(digits_run):
     assert [e.value for e in events.Scalars('valid_loss')] == pytest.approx([float(row['valid_loss']) for row in rows_of(digits_run[0])], rel=1e-6)
 
 
-def test_a_finished_run_resumed_stays_as_it_is(digits_run):
+def test_a_finished_run_resumed_stays_as_it_is(digits_run, capsys):
     folder, _ = digits_run
     before = (folder/'model.safetensors').read_bytes(), rows_of(folder)
-    code, out, _ = run(folder.parent, '--resume', 'RUN')
-    assert code == 0 and 'going on after epoch 3 of 3' in out
+    vdc_train(resume=str(folder))
+    assert 'going on after epoch 3 of 3' in capsys.readouterr().out
     assert ((folder/'model.safetensors').read_bytes(), rows_of(folder)) == before
 
 
@@ -128,7 +134,7 @@ def test_evaluation_refuses_what_it_cannot_count(digits_run, tmp_path, capsys):
 def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
     straight = start(tmp_path, *HARD, '--out', 'straight')
     process = start(tmp_path, *HARD, '--out', 'killed')
-    while not (tmp_path/'killed/recipe.json').exists(): assert process.poll() is None
+    wait_until((tmp_path/'killed/recipe.json').exists, process)
     process.kill()                                             # before the first step
     process.communicate()
     process = start(tmp_path, '--resume', 'killed')
@@ -148,12 +154,18 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
     assert a == b and len(a) == 3
 
 
-def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(tmp_path):
-    "A limit on file sizes lets the checkpoint without moments through, and not the one with them."
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
-    code, _, errors = run(tmp_path, '--epochs', 2, '--out', 'RUN', preexec_fn=limit)
-    assert code == 1 and errors.count('\n') == 1
-    assert 'cannot write the checkpoint of epoch 1' in errors and 'last good checkpoint: RUN/last.ckpt of epoch 0' in errors
+@pytest.fixture
+def small_disk():
+    "A limit on file sizes: the first checkpoint, without the optimizer's moments, fits; the next does not."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(small_disk, tmp_path, capsys):
+    words = said(capsys, 1, vdc_train, out=str(tmp_path/'RUN'), epochs='2')
+    assert 'cannot write the checkpoint of epoch 1' in words and f'last good checkpoint: {tmp_path}/RUN/last.ckpt of epoch 0' in words
     assert load_checkpoint(tmp_path/'RUN/last.ckpt')['epoch'] == 0
     assert not list((tmp_path/'RUN').glob('.*'))
 
