@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TILE', 'SMALL', 'by_onednn', 'product', 'recorded', 'Projection', 'token_major', 'image_parts', 'Merged', 'merged',
-           'centred', 'inverse_deviation', 'layernorm_attention', 'layernorm_folded', 'tiles', 'cut', 'weigh', 'Tiled',
-           'tiled_backward', 'side_by_side', 'apart', 'toeplitz', 'position_matrix', 'by_matrix', 'fourier',
-           'inverse_fourier', 'by_fourier_rows', 'by_fft', 'by_convolution', 'position_way', 'relative_position',
-           'masked_mean', 'masked_position', 'fast_depthwise_attention', 'fused', 'plain', 'scale_of', 'kind_of',
-           'evaluate_unmasked', 'stored_relu', 'as_matrix', 'evaluate_4d', 'dynamic_conv_attention', 'check_grid',
-           'accelerate']
+           'centred', 'inverse_deviation', 'layernorm_attention', 'layernorm_folded', 'with_shift', 'tiles', 'cut',
+           'weigh', 'Tiled', 'tiled_backward', 'side_by_side', 'apart', 'toeplitz', 'position_matrix', 'by_matrix',
+           'fourier', 'inverse_fourier', 'by_fourier_rows', 'by_fft', 'by_convolution', 'position_way',
+           'relative_position', 'masked_mean', 'masked_position', 'fast_depthwise_attention', 'fused', 'plain',
+           'scale_of', 'kind_of', 'evaluate_unmasked', 'evaluate_relu', 'by_triton', 'as_matrix', 'evaluate_4d',
+           'dynamic_conv_attention', 'check_grid', 'accelerate']
 
-# %% ../nbs/09_fast.ipynb #f5524a83
+# %% ../nbs/09_fast.ipynb #3b764cd7
 import math
+from importlib.util import find_spec
 from typing import Callable
 import torch
 import torch.nn.functional as F
@@ -176,20 +177,27 @@ def layernorm_attention(
     if act.bias is not None: y = y + torch.einsum('m,bhmd->bhd', act.bias.to(v.dtype), v)[:, :, None]
     return y.to(dtype)
 
-# %% ../nbs/09_fast.ipynb #97357b2a
+# %% ../nbs/09_fast.ipynb #c2b17314
 def layernorm_folded(
     q: Tensor,            # (b, h, n, d)
     k: Tensor,            # (b, h, m, d)
     act: KernelLayerNorm, # affine weights of one entry a kernel, and eps
-) -> tuple:               # queries (b, h, n, d') and kernels (b, h, m, d') whose plain products are the normalised logits
-    "Move LayerNorm over the kernels into queries and kernels; with affine weights they get one more channel."
+) -> tuple:               # q' (b, h, n, d), k' (b, h, m, d) and the shift (m,), or None, of the logits
+    "Move LayerNorm over the kernels into queries and kernels: the normalised logits are `q' k'^T + shift`."
     dtype = q.dtype
     q, k = centred(q, k)
     q = q * inverse_deviation(q, q @ (k.mT @ (k / k.shape[-2])), act.eps)
-    if act.weight is not None:
-        k = torch.cat([k * act.weight[:, None], act.bias[:, None].to(k).expand(*k.shape[:-1], 1)], -1)
-        q = F.pad(q, (0, 1), value=1.)
-    return q.to(dtype), k.to(dtype)
+    if act.weight is not None: k = k * act.weight[:, None]
+    return q.to(dtype), k.to(dtype), act.bias
+
+def with_shift(
+    q: Tensor,            # (b, h, n, d)
+    k: Tensor,            # (b, h, m, d)
+    shift: Tensor | None, # (m,)
+) -> tuple:               # queries (b, h, n, d+1) and kernels (b, h, m, d+1)
+    "A shift of the logits as one more channel, in which every query holds a 1."
+    if shift is None: return q, k
+    return F.pad(q, (0, 1), value=1.), torch.cat([k, shift[:, None].to(k.dtype).expand(*k.shape[:-1], 1)], -1)
 
 # %% ../nbs/09_fast.ipynb #3d91af68
 TILE = 2 ** 19  # logits in a tile on a CPU: 2 MB in float32, about a core's second-level cache
@@ -501,25 +509,43 @@ def kind_of(
     if plain(activation) and activation.linear and not activation.over_n: return 'linear'
     return 'rows' if isinstance(activation, Pointwise) and not any(True for _ in activation.parameters()) else 'unknown'
 
-# %% ../nbs/09_fast.ipynb #750cf6cd
+# %% ../nbs/09_fast.ipynb #1b0dc3c2
 def evaluate_unmasked(q, k, v, act, kind, bias):
-    "Linear and ReLU families without a mask: the core by its identity, the position term beside it or, for a given matrix, inside the tiles."
-    m, d, store = k.shape[-2], v.shape[-1], q.shape[-2] * k.shape[-2] <= SMALL
+    "Linear and ReLU families without a mask: the core by its identity, the position term beside it."
+    m = k.shape[-2]
     if kind == 'ln': y = layernorm_attention(q, k, v, act)
     elif kind == 'linear': y = merged(q, k, v, scale_of(act, m))
     else:
-        q, k = layernorm_folded(q, k, act) if kind == 'ln_relu' else (q * scale_of(act, m), k)
-        matrix = None
-        if bias is not None and (store or isinstance(bias, Tensor)): matrix, bias = as_matrix(bias, q), None
-        if store or recorded(): y = stored_relu(q, k, v, matrix)
-        else: y = Tiled.apply(q, k, v, matrix, None, None)
+        q, k, shift = layernorm_folded(q, k, act) if kind == 'ln_relu' else (q * scale_of(act, m), k, None)
+        if by_triton(q, v): y = _triton_kernel()(q, k, v, shift)
+        else: return evaluate_relu(*with_shift(q, k, shift), v, bias)
     return y if bias is None else y + relative_position(v, bias).to(y.dtype)
 
-def stored_relu(q, k, v, bias):
-    "`(relu(Q K') + bias) V` with the weights in memory."
-    w = F.relu(q @ k.mT, inplace=True)
-    return (w if bias is None else w + bias) @ v
+def evaluate_relu(q, k, v, bias):
+    "`(relu(Q K') + bias) V`: stored where the logits are few, in tiles elsewhere. A bias matrix goes along with the weights, a table goes its own way."
+    few = recorded() or q.shape[-2] * k.shape[-2] <= SMALL
+    matrix = None if bias is None or not (few or isinstance(bias, Tensor)) else as_matrix(bias, q)
+    if few:
+        w = F.relu(q @ k.mT, inplace=True)
+        return (w if matrix is None else w + matrix) @ v
+    y = Tiled.apply(q, k, v, matrix, None, None)
+    return y if bias is None or matrix is not None else y + relative_position(v, bias).to(y.dtype)
 
+# %% ../nbs/09_fast.ipynb #e1428d4b
+def by_triton(
+    q: Tensor, # (b, h, n, d)
+    v: Tensor, # (b, h, m, e)
+) -> bool:
+    "Is this ReLU attention one for the Triton kernels of `vitdynconv.gpu`?"
+    fits = q.is_cuda and q.shape[-1] == v.shape[-1] <= 128 and q.dtype in (torch.float32, torch.bfloat16, torch.half)
+    return fits and not recorded() and find_spec('triton') is not None
+
+def _triton_kernel():
+    "Imported where it is needed: Triton comes with PyTorch for GPUs only."
+    from vitdynconv.gpu import relu_attention
+    return relu_attention
+
+# %% ../nbs/09_fast.ipynb #bc9a41d6
 def as_matrix(bias, q):
     "A bias as a 4-D matrix of the queries' dtype."
     if isinstance(bias, nn.Module): bias = bias.bias()
