@@ -73,13 +73,13 @@ def position(self: TokenMixer) -> nn.Module | Tensor | None:
     if self.live_grid in (None, self.grid_size): return self
     return table_to_bias(resize_table(self.relative_position_bias_table, self.grid_size, self.live_grid), self.live_grid, self.num_prefix_tokens)
 
-# %% ../nbs/05_attention.ipynb #60c9e3da
+# %% ../nbs/05_attention.ipynb #5acc84fd
 def bias_and_mask(
     mixer: TokenMixer,
     x: Tensor,                  # (b, n, dim) tokens
     mask: Tensor | None = None, # bool (True = selected) or additive
     is_causal: bool = False,    # a token sees itself and those before it; `mask` is then ignored, as in timm
-    additive: bool = False,     # may the mask stay additive?
+    additive: bool = False,     # may the mask stay additive? Only where it enters the logits and kernels compete; sigmoid counts the selected
 ) -> tuple:                     # bias: the mixer, a tensor or None; mask: bool or None; both with the axes of the logits
     "Bias and selection of a forward pass."
     n, bias = x.shape[1], mixer.position()
@@ -134,7 +134,7 @@ class Dropped(nn.Module):
         "(..., n, m) to (..., n, m)"
         return self.drop(self.act(logits, bias=bias, mask=mask))
 
-# %% ../nbs/05_attention.ipynb #09fe8010
+# %% ../nbs/05_attention.ipynb #94d66f96
 class DynamicConvAttention(TokenMixer):
     "Multi-head self-attention as dynamic convolutions, in place of timm's `Attention` or `WindowAttention` (section 3.2, Eq. 1, 2 and 4)."
     def __init__(self,
@@ -167,7 +167,7 @@ class DynamicConvAttention(TokenMixer):
         q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
         q, k = self.q_norm(q), self.k_norm(k)
         if self.selection is not None: k, v = self.selection(k, v)    # (b, h, m, d)
-        bias, mask = bias_and_mask(self, x, attn_mask if mask is None else mask, is_causal, getattr(self.act, 'bias_in_logits', False))
+        bias, mask = bias_and_mask(self, x, attn_mask if mask is None else mask, is_causal, getattr(self.act, 'bias_in_logits', False) and getattr(self.act, 'communication', False))
         per_kernel = self.kernel_grid and self.live_grid not in (None, self.kernel_grid) and self.selection is None and any(True for _ in self.act.parameters())
         act = OnLiveGrid(self) if per_kernel else self.act
         if self.training and self.attn_drop.p: act = Dropped(act, self.attn_drop)
