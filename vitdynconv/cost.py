@@ -9,17 +9,17 @@ __all__ = ['CONVENTIONS', 'ELEMENTWISE', 'REDUCTIONS', 'MOVES', 'MAKERS', 'FREE'
            'merged_attention', 'evaluated', 'head_names', 'image_size', 'Count', 'count', 'linear_cost', 'norm_cost',
            'mixer_cost', 'total_cost', 'block_cost', 'vit_cost', 'SwinStage', 'swin_stages', 'swin_cost',
            'table3_formula', 'table3_count', 'einsum_score', 'corrections', 'table3', 'peak_memory', 'model_for',
-           'table3_for_people', 'with_decimals', 'hyphens', 'vdc_cost']
+           'table3_for_people', 'with_decimals', 'vdc_cost']
 
-# %% ../nbs/12_cost.ipynb #c12e086e
+# %% ../nbs/12_cost.ipynb #e546f67c
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial, wraps
-import math, re, sys
+from functools import partial
+import math
 from typing import Iterator, NamedTuple
-from fastcore.script import anno_parser
+from .commands import check_target, checked, command, format_table, save_rows  # first: it silences a deprecation on importing fvcore
 from fvcore.nn.jit_analysis import JitModelAnalysis
 from fvcore.nn.jit_handles import batchnorm_flop_jit, conv_flop_jit, einsum_flop_jit, elementwise_flop_counter, get_shape
 import timm
@@ -27,7 +27,6 @@ import torch
 from torch import nn, Tensor
 from torch.profiler import profile, ProfilerActivity
 from .attention import DynamicConvAttention
-from .commands import check_target, checked, format_table, leave, save_rows
 from .depthwise import DepthwiseSelfAttention, depthwise_attention
 from .equivalence import attention
 from .models import create_model, paper_model
@@ -524,22 +523,8 @@ def with_decimals(
     "The same rows with numbers as text; nine decimals are enough for every single multiply-add."
     return [{k: f'{v:{digits}}' if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
-# %% ../nbs/12_cost.ipynb #589d0487
-def hyphens(
-    func, # its parameters become options, as with fastcore's `call_parse`
-):        # a command when called without arguments, else the same function
-    "`call_parse`, and options may be written with hyphens: `--input-size` as well as `--input_size`."
-    @wraps(func)
-    def run(*args, **kwargs):
-        if args or kwargs: return func(*args, **kwargs)
-        parser = anno_parser(func, prog=func.__name__)
-        parser.error = partial(leave, func.__name__)
-        given = [re.sub('^--[^=]+', lambda m: '--' + m[0][2:].replace('-', '_'), a) for a in sys.argv[1:]]
-        return func(**{k: v for k, v in vars(parser.parse_args(given)).items() if k not in ('pdb', 'xtra')})
-    return run
-
-# %% ../nbs/12_cost.ipynb #aae4f399
-@hyphens
+# %% ../nbs/12_cost.ipynb #3751b411
+@command
 def vdc_cost(
     table: int = None,            # 3: the paper's Table 3, ours against the paper's figures
     model: str = None,            # a model in timm's registry; ours have the prefix vdc_

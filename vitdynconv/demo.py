@@ -15,9 +15,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 import torch
-from fastcore.script import call_parse
 from torch import nn
-from .commands import checked, format_table, replacing, rows_as_csv
+from .commands import checked, command, format_table, replacing, rows_as_csv
 from .cost import count
 from .data import digits_dls
 from .learner import create_learner
@@ -128,7 +127,7 @@ def run_demo(
     return report
 
 # %% ../nbs/25_demo.ipynb #ce72ddc3
-@call_parse
+@command
 def vdc_demo(
     epochs: int = RECIPES['digits'].epochs, # epochs of each training
     seed: int = 0,                          # decides weights and order of images; the same seed gives the same numbers

@@ -11,14 +11,13 @@ __all__ = ['CASES', 'case', 'normal', 'prepared', 'shared', 'vit_torch', 'vit_ti
 import math
 import torch
 import torch.nn.functional as F
-from fastcore.script import call_parse
 from timm.layers import Attention, CondConv2d
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
 from torch.func import functional_call
 from .activations import ACTIVATIONS, create_activation
 from .attention import DynamicConvAttention
-from .commands import check_target, checked, format_table, leave, save_rows
+from .commands import check_target, checked, command, format_table, leave, save_rows
 from .conv import difference, to_map, to_tokens
 from .depthwise import DepthwiseSelfAttention
 from .dynconv import DynamicConv2d, DynamicDepthwiseConv2d, Involution2d, KernelAttention2d
@@ -207,7 +206,7 @@ def equivalence_table(
     return rows
 
 # %% ../nbs/08b_proofs.ipynb #97a61e55
-@call_parse
+@command
 def vdc_equiv(
     tol: float = 1e-12, # largest difference allowed
     csv: str = '',      # also write the table to this CSV file
