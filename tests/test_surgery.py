@@ -91,7 +91,7 @@ def test_what_stops_a_conversion_is_named(name, culprit):
 
 
 def test_norm_or_gate_inside_attention_is_named():
-    with pytest.raises(ValueError, match='norm'): convert(vit(scale_attn_norm=True, norm_layer='layernorm'))
+    with pytest.raises(ValueError, match='blocks.0.attn is an Attention with a norm'): convert(vit(scale_attn_norm=True, norm_layer='layernorm'))
 
 
 # Every other setting against a literal forward pass

@@ -44,7 +44,7 @@ def foreign_attention(
     for name, m in root.named_modules(prefix=path):
         if type(m) not in MIXERS and re.search(r'attn|attention(?!pool)|sa$', type(m).__name__, re.I): return f'{name} is a {type(m).__module__}.{type(m).__name__}'
 
-# %% ../nbs/10_surgery.ipynb #d891c6b1
+# %% ../nbs/10_surgery.ipynb #bf66801e
 def find_mixers(
     model: nn.Module,       # a model of timm's, or one that was converted
 ) -> dict[str, nn.Module]:  # path in the model -> token mixer, in order
@@ -54,7 +54,9 @@ def find_mixers(
     mixers = {}
     for path, block in blocks.items():
         found = {n: m for n, m in block.named_modules(prefix=path) if type(m) in MIXERS}
-        other = foreign_attention(block, path) or (None if found else f'{path or "the model"} is a {type(block).__module__}.{type(block).__name__}')
+        parts = {n: part for n, m in found.items() for part in ('norm', 'gate') if type(m) is Attention and not isinstance(getattr(m, part, None), (type(None), nn.Identity))}
+        other = foreign_attention(block, path) or next((f"{n} is an Attention with a {part} that the paper's block lacks" for n, part in parts.items()), None)
+        if not other and not found: other = f'{path or "the model"} is a {type(block).__module__}.{type(block).__name__}'
         if other: raise ValueError(f"{type(model).__name__} cannot be converted: {other}; only timm's standard Attention and Swin's WindowAttention can be exchanged")
         mixers |= found
     return mixers
