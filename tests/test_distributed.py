@@ -95,4 +95,4 @@ def test_validation_counts_each_image_once(tree, tmp_path):
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():
-    with pytest.raises(ValueError, match='batch_size=16 does not split over 3 processes'): recipe_dls(RECIPES['digits'], world=3)
+    with pytest.raises(ValueError, match='batch_size=16 does not split over 3 processes'): recipe_dls(RECIPES['digits'].replace(batch_size=16), world=3)

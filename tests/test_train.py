@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from vitdynconv.checkpoint import CheckpointError, RunStopped, load_checkpoint
 from vitdynconv.data import imagenet_dls
 from vitdynconv.evaluate import read_weights, vdc_eval
 from vitdynconv.learner import warmup_cosine
+from vitdynconv.logbook import wandb_writer
 from vitdynconv.recipes import RECIPES, Recipe
 from vitdynconv.train import recipe_dls, recipe_model, run_learner, vdc_train
 
@@ -100,6 +102,17 @@ def test_tensorboard_gets_the_same_rows(digits_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(digits_run[0])).Reload()
     assert [e.value for e in events.Scalars('valid_loss')] == pytest.approx([float(row['valid_loss']) for row in rows_of(digits_run[0])], rel=1e-6)
+
+
+def test_weights_and_biases_gets_the_same_rows(tmp_path, monkeypatch):
+    "Its client needs an account; what we hand it is seen by one of our own."
+    calls = []
+    page = types.SimpleNamespace(log=lambda row, step: calls.append((step, row['valid_loss'])))
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=lambda **options: calls.append(options) or page))
+    write = wandb_writer(tmp_path/'RUN', TINY)
+    for epoch in (1, 2): write([dict(epoch=1, valid_loss=2.), dict(epoch=2, valid_loss=1.)][:epoch])
+    assert calls[0]['name'] == 'RUN' and calls[0]['config']['lr'] == TINY.lr and calls[0]['resume'] == 'allow'
+    assert calls[1:] == [(1, 2.), (2, 1.)]
 
 
 def test_a_finished_run_resumed_stays_as_it_is(digits_run, capsys):

@@ -267,7 +267,7 @@ class SetEpoch(Callback):
         for part in (loader, getattr(loader, 'sampler', None), getattr(loader, 'dataset', None)):
             if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
 
-# %% ../nbs/22_learner.ipynb #98ba5c3d
+# %% ../nbs/22_learner.ipynb #2199fcb1
 class RecipeLearner(Learner):
     "A fastai `Learner` that follows a recipe, is seeded by it, and can start at a saved epoch."
     recipe, history, first_epoch, peak_lr, waited = None, (), 0, None, 0.
@@ -279,6 +279,11 @@ class RecipeLearner(Learner):
             if not any(isinstance(cb, LRFinder) for cb in L(cbs)): self.history = []
             set_seed(self.recipe.seed + rank_distrib())
         super().fit(self.recipe.epochs if n_epoch is None else n_epoch, lr=lr, cbs=cbs, reset_opt=reset_opt)
+
+    def _call_one(self, event_name):
+        "Call only callbacks that have the event; fastai asks each, and a miss is looked up in the learner and then in the model."
+        for cb in self.cbs.sorted('order'):
+            if event_name in vars(cb) or hasattr(type(cb), event_name) or event_name == 'after_fit': cb(event_name)
 
     def _do_fit(self):
         self.train_iter = self.first_epoch * len(self.dls.train)

@@ -6,10 +6,11 @@
 __all__ = ['choose_recipe', 'recipe_dls', 'recipe_model', 'check_out', 'open_run', 'read_run', 'headline', 'run_learner',
            'finish', 'watched', 'prepare', 'vdc_train']
 
-# %% ../nbs/23_train.ipynb #942a637c
+# %% ../nbs/23_train.ipynb #ce72d552
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import torch.distributed as dist
@@ -156,7 +157,7 @@ def finish(
     print(f'finished: accuracy {score(learn.history[-1]):.4f}, best {score(best):.4f} in epoch {best["epoch"]}; '
           f'weights in {folder/"model.safetensors"}', flush=True)
 
-# %% ../nbs/23_train.ipynb #987d521f
+# %% ../nbs/23_train.ipynb #6f4c93ce
 @contextmanager
 def watched(command, folder):
     "Turn the end of a run that cannot go on into one line that says how to go on."
@@ -164,6 +165,9 @@ def watched(command, folder):
     try: yield
     except RunStopped as stop: leave(command, f'{stop.reason}; {hint}', 1)
     except KeyboardInterrupt: leave(command, f'interrupted; {folder/"last.ckpt"} holds the finished epochs; {hint}', 130)
+    except RuntimeError as error:
+        if not (dist.is_initialized() and re.search('gloo|nccl', str(error), re.IGNORECASE)): raise
+        leave(command, f'another process died or hangs ({str(error)[-120:]}); {hint}', 1)
 
 # %% ../nbs/23_train.ipynb #c616b516
 def prepare(
