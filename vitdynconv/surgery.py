@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 import timm
 import torch
-from fastcore.script import call_parse
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn, Tensor
@@ -29,7 +28,7 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from .activations import Softmax, create_activation
 from .attention import DynamicConvAttention
-from .commands import check_target, checked, replacing, save_rows
+from .commands import check_target, checked, command, replacing, save_rows
 from .depthwise import DepthwiseSelfAttention
 from .fast import accelerate
 
@@ -406,7 +405,7 @@ def convert_file(
     return new
 
 # %% ../nbs/10_surgery.ipynb #392b027b
-@call_parse
+@command
 def vdc_convert(
     model: str = 'deit_small_patch16_224', # a ViT, DeiT or Swin of timm's
     activation: str = 'softmax',           # softmax, none, scaling, scaling_relu, ln, ln_relu, ...
