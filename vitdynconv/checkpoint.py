@@ -74,8 +74,10 @@ def load_checkpoint(
         raise CheckpointError(f'{path} is no {FORMAT!r}: it holds {held}')
     return state
 
-# %% ../nbs/22a_checkpoint.ipynb #e2fc9f12
-def score(row):
+# %% ../nbs/22a_checkpoint.ipynb #832f5666
+def score(
+    row, # of the history
+) -> float:
     "What makes an epoch one of the best: accuracy, of the plain or of the averaged weights."
     return max(row.get('accuracy') or 0., row.get('ema_accuracy') or 0.)
 

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['read_weights', 'stored_recipe', 'evaluate', 'vdc_eval']
 
-# %% ../nbs/23a_evaluate.ipynb #f792ba08
+# %% ../nbs/23a_evaluate.ipynb #b9b34a7f
 import json as json_format
 import time
 import safetensors
 import safetensors.torch
 import torch
 from pathlib import Path
-from fastcore.script import call_parse
 from torch import nn
+from .commands import check_target, checked, command, format_table, save_rows  # first: it silences a deprecation on importing fastai
 from .checkpoint import CheckpointError, load_checkpoint
-from .commands import check_target, checked, format_table, save_rows
 from .learner import Mean, accuracy, create_learner, start_processes, top5
 from .recipes import Recipe
 from .train import recipe_dls, recipe_model
@@ -39,8 +38,11 @@ def read_weights(
     if recipe is None: raise CheckpointError(f'{path} names no recipe, so its model is unknown; vdc_train writes files that do')
     return stored_recipe(path, json_format.loads(recipe)), tensors, {}
 
-# %% ../nbs/23a_evaluate.ipynb #cb09898c
-def stored_recipe(path, fields) -> Recipe:
+# %% ../nbs/23a_evaluate.ipynb #c4e30772
+def stored_recipe(
+    path,   # where it comes from, for the error
+    fields, # dict: field -> value
+) -> Recipe:
     "The recipe that a file holds."
     try: return Recipe(**fields)
     except (TypeError, ValueError) as error: raise CheckpointError(f'{path} holds a recipe that this version cannot read: {error}') from error
@@ -59,8 +61,8 @@ def evaluate(
     images = len(dls.valid.dataset)
     return dict(top1=top1, top5=among5, loss=loss, images=images, images_per_second=round(images / seconds, 1))
 
-# %% ../nbs/23a_evaluate.ipynb #d337025c
-@call_parse
+# %% ../nbs/23a_evaluate.ipynb #d354002c
+@command
 def vdc_eval(
     checkpoint: str = '',   # a .ckpt or .safetensors that vdc_train wrote
     data: str = '',         # validation images, as for vdc_train; left out: those of the run, or the bundled digits

@@ -100,15 +100,27 @@ class Mean(Metric):
     @property
     def name(self): return self._name or self.func.__name__
 
-# %% ../nbs/22_learner.ipynb #949d3be0
+# %% ../nbs/22_learner.ipynb #dd7dfc95
 class MeanLoss(Mean):
     "The mean loss over images."
     def __init__(self): super().__init__(None, 'loss')
     def accumulate(self, learn): self.add(learn.loss.detach().mean().expand(len(learn.pred)))
 
-def top_k(logits, labels, k=1): return (logits.topk(min(k, logits.shape[1]), dim=1).indices == labels[:, None]).any(dim=1)
-def accuracy(): return Mean(top_k, 'accuracy')
-def top5(): return Mean(partial(top_k, k=5), 'top5')
+def top_k(
+    logits, # (b, classes)
+    labels, # (b,) class numbers
+    k=1,    # how many guesses an image has
+):          # (b,) bool
+    "Is the label among the `k` largest logits?"
+    return (logits.topk(min(k, logits.shape[1]), dim=1).indices == labels[:, None]).any(dim=1)
+
+def accuracy() -> Mean:
+    "The share of images whose largest logit is right."
+    return Mean(top_k, 'accuracy')
+
+def top5() -> Mean:
+    "The share of images with the right class among the five largest logits."
+    return Mean(partial(top_k, k=5), 'top5')
 
 # %% ../nbs/22_learner.ipynb #bbbb33a1
 def sum_over_processes(means):

@@ -6,7 +6,7 @@
 __all__ = ['choose_recipe', 'recipe_dls', 'recipe_model', 'check_out', 'open_run', 'read_run', 'headline', 'run_learner',
            'finish', 'watched', 'prepare', 'vdc_train']
 
-# %% ../nbs/23_train.ipynb #ce72d552
+# %% ../nbs/23_train.ipynb #75e54f28
 import dataclasses
 import json
 import os
@@ -14,10 +14,9 @@ import re
 import shutil
 import sys
 import torch.distributed as dist
-from fastcore.script import call_parse
+from .commands import checked, command, leave, replacing, save_rows  # first: it silences a deprecation on importing fastai
 from fastai.basics import *
 from .checkpoint import CheckpointError, Checkpoints, RunStopped, load_checkpoint, restore, save_weights, score
-from .commands import checked, leave, replacing, save_rows
 from .data import digits_dls, imagenet_dls, preflight
 from .learner import create_learner, start_processes
 from .logbook import TRACKERS, EachEpoch, FiniteLoss, StepLog, check_trackers, plot_history
@@ -157,17 +156,20 @@ def finish(
     print(f'finished: accuracy {score(learn.history[-1]):.4f}, best {score(best):.4f} in epoch {best["epoch"]}; '
           f'weights in {folder/"model.safetensors"}', flush=True)
 
-# %% ../nbs/23_train.ipynb #6f4c93ce
+# %% ../nbs/23_train.ipynb #0c24dc16
 @contextmanager
-def watched(command, folder):
+def watched(
+    name,   # of the command
+    folder, # of the run
+):
     "Turn the end of a run that cannot go on into one line that says how to go on."
     hint = f'go on with: vdc_train --resume {folder}'
     try: yield
-    except RunStopped as stop: leave(command, f'{stop.reason}; {hint}', 1)
-    except KeyboardInterrupt: leave(command, f'interrupted; {folder/"last.ckpt"} holds the finished epochs; {hint}', 130)
+    except RunStopped as stop: leave(name, f'{stop.reason}; {hint}', 1)
+    except KeyboardInterrupt: leave(name, f'interrupted; {folder/"last.ckpt"} holds the finished epochs; {hint}', 130)
     except RuntimeError as error:
         if not (dist.is_initialized() and re.search('gloo|nccl', str(error), re.IGNORECASE)): raise
-        leave(command, f'another process died or hangs ({str(error)[-120:]}); {hint}', 1)
+        leave(name, f'another process died or hangs ({str(error)[-120:]}); {hint}', 1)
 
 # %% ../nbs/23_train.ipynb #c616b516
 def prepare(
@@ -186,8 +188,8 @@ def prepare(
     if not data and recipe.name != 'digits': raise ValueError(f'recipe {recipe.name} needs --data, the root of ImageNet')
     return recipe, check_out(out), dict(data=data, reader=options['reader']), None
 
-# %% ../nbs/23_train.ipynb #95a8cf9a
-@call_parse
+# %% ../nbs/23_train.ipynb #150dcd77
+@command
 def vdc_train(
     data: str = '',             # ImageNet: a folder, an archive, or what `--reader` reads; left out: the bundled digits
     recipe: str = 'digits',     # deit_s, deit_b, swin_t, swin_b, digits, finetune, or a recipe.json
