@@ -60,10 +60,16 @@ def warmup_cosine(
     if share <= 0: return SchedCos(lr, end)
     return combine_scheds([share, 1 - share], [SchedLin(start, lr), SchedCos(lr, end)])
 
-# %% ../nbs/22_learner.ipynb #fa192e2c
+# %% ../nbs/22_learner.ipynb #b401589b
 class RecipeSchedule(ParamScheduler):
     "`warmup_cosine` in the optimizer, step by step; steps aside for any other scheduler."
-    def __init__(self, share, start=1e-6, end=1e-5, accumulate=1): store_attr()
+    def __init__(
+        self,
+        share,         # of the run that is warm-up
+        start=1e-6,    # learning rate of the first step
+        end=1e-5,      # after the last
+        accumulate=1,  # batches a step
+    ): store_attr()
     def before_fit(self):
         others = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and cb is not self]
         self.run = not others
@@ -74,11 +80,15 @@ class RecipeSchedule(ParamScheduler):
         done = self.epoch * self.n_iter + self.iter
         self._update_val(done / (self.n_epoch * self.n_iter))
 
-# %% ../nbs/22_learner.ipynb #b148fdba
+# %% ../nbs/22_learner.ipynb #cf9d1080
 class Mixing(Callback):
     "Mixup, cutmix and label smoothing of training batches; from epoch `off` on, smoothing alone."
     order, run_valid = 9, False
-    def __init__(self, mixup, off=0): store_attr()
+    def __init__(
+        self,
+        mixup,  # timm's `Mixup`
+        off=0,  # 0: always on
+    ): store_attr()
     def before_epoch(self):
         mixes = self.mixup.mixup_alpha > 0 or self.mixup.cutmix_alpha > 0
         self.mixup.mixup_enabled = mixes and (not self.off or self.epoch < self.off)
@@ -122,8 +132,10 @@ def top5() -> Mean:
     "The share of images with the right class among the five largest logits."
     return Mean(partial(top_k, k=5), 'top5')
 
-# %% ../nbs/22_learner.ipynb #bbbb33a1
-def sum_over_processes(means):
+# %% ../nbs/22_learner.ipynb #b73cbbe2
+def sum_over_processes(
+    means, # list of `Mean`, changed in place
+):
     "Add totals and counts of many `Mean`s over the processes of a run: one exchange for all of them."
     if not (dist.is_available() and dist.is_initialized()): return
     means = [m for m in means if m.count]
@@ -225,9 +237,9 @@ class Accumulation(Callback):
     def before_step(self):
         if not self.steps_now: raise CancelBatchException()          # keeps the gradients
 
-# %% ../nbs/22_learner.ipynb #7fb79886
+# %% ../nbs/22_learner.ipynb #0b4beac9
 class WeightAverage(Callback):
-    "timm's `ModelEmaV3` of the weights after every step that was taken; validated beside them."
+    "timm's `ModelEmaV3`, with its `decay`, of the weights after every step that was taken; validated beside them."
     order, skipped, average, logits = MixedPrecision.order + 2, False, None, None
     def __init__(self, decay): store_attr()
     def before_fit(self):
@@ -240,9 +252,9 @@ class WeightAverage(Callback):
     def after_pred(self):
         if not self.training: self.logits = self.average.module(*self.xb).float()
 
-# %% ../nbs/22_learner.ipynb #37576082
+# %% ../nbs/22_learner.ipynb #56fd23b0
 class AverageAccuracy(Mean):
-    "Top-1 accuracy of the averaged weights."
+    "Top-1 accuracy of the averaged weights that `averaging`, a `WeightAverage`, keeps."
     def __init__(self, averaging): super().__init__(top_k, 'ema_accuracy'); self.averaging = averaging
     def accumulate(self, learn): self.add(self.func(self.averaging.logits, *learn.yb))
 
