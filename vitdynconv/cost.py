@@ -57,7 +57,7 @@ class Cost(NamedTuple):
 
 # %% ../nbs/12_cost.ipynb #2b9e35e9
 def numel(value) -> int:
-    "How many numbers a traced tensor holds."
+    "How many numbers a traced value, a tensor, holds."
     return math.prod(get_shape(value))
 
 def product_macs(inputs, outputs, left: int = 0) -> int:
@@ -79,7 +79,7 @@ def conv_macs(inputs, outputs) -> int:
     return numel(outputs[0]) * math.prod(get_shape(inputs[1])[1:])
 
 def is_complex(value) -> bool:
-    "Is the traced tensor complex?"
+    "Is the traced value a complex tensor?"
     return str(value.type()).startswith('Complex')
 
 def fourier_macs(inputs, outputs) -> int:

@@ -358,7 +358,8 @@ def window_grid(
 
 
 def photo_crops(
-    n, size,      # how many, and their pixels a side
+    n,            # how many
+    size,         # pixels a side
     span,         # (from, to) share of the photographs' width they may come from
     generator,    # source of randomness
 ) -> Tensor:      # (n, 3, size, size) in [0, 1]
@@ -598,7 +599,7 @@ class DrawErasing(RandomErasing):
 
 # %% ../nbs/20_data.ipynb #7e5c731a
 class Requests:
-    "Batches of requests for a torch `DataLoader`: lists of `(seed, epoch, position, image)`."
+    "Batches of requests for a torch `DataLoader`, as `loader` orders them: lists of `(seed, epoch, position, image)`."
     def __init__(self, loader): self.loader = loader
     def __len__(self): return len(self.loader)
     def __iter__(self):
@@ -785,7 +786,7 @@ STREAMS = ('wds', 'hfids', 'tfds')
 
 
 class SkipCounter(logging.Filter):
-    "Counts the samples a WebDataset worker gives up on, in shared memory."
+    "Counts the samples that WebDataset worker number `worker` gives up on, in `counts`, shared memory."
     def __init__(self, counts, worker):
         super().__init__()
         self.counts, self.worker = counts, worker
@@ -796,7 +797,7 @@ class SkipCounter(logging.Filter):
 
 # %% ../nbs/20_data.ipynb #48cb0de7
 class ImageStream(IterableDataset):
-    "Images of a streaming reader, augmented with random numbers of (seed, epoch, rank, worker, count)."
+    "Images of `source`, timm's streaming data set, under the class names `vocab`; `transform` augments with random numbers of (seed, epoch, rank, worker, count)."
     labelled = True
 
     def __init__(self, source, transform, vocab, seed=0, rank=0, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
@@ -847,7 +848,7 @@ class StreamLoader(ImageLoader):
 
 # %% ../nbs/20_data.ipynb #fc60a219
 def share_stream(source, training, rank, world):
-    "Tell a streaming reader which process it serves; deal validation shards out without repeats."
+    "Tell the reader of `source`, a stream, which process it serves; shards are dealt out without repeats unless it is for training."
     reader, shards = source.reader, getattr(getattr(source.reader, 'split_info', None), 'filenames', None)
     reader.dist_rank, reader.dist_num_replicas = rank, world
     if training or not shards or world == 1: return len(shards or ())
@@ -859,7 +860,7 @@ def share_stream(source, training, rank, world):
 
 # %% ../nbs/20_data.ipynb #78c8c60b
 def stream_problems(name: str, source, num_classes: int) -> list:
-    "What is wrong with one split of a stream: nothing in it, nothing readable, a label out of range."
+    "What is wrong with `source`, one split of a stream: nothing in it, nothing readable, a label out of range."
     reader = copy(source.reader)  # the original must start in the workers, knowing nothing of this
     reader.is_training = False    # in order, without filling a buffer
     try: _, label = next(iter(reader))

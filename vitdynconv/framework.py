@@ -327,7 +327,7 @@ def block_around(module: nn.Module, path: str) -> str:
     return next((p for p in parents if hasattr(module.get_submodule(p), '_attn')), path)
 
 def inputs_of(module: nn.Module, x: Tensor, paths) -> dict[str, Tensor]:
-    "What goes into each of these submodules when the module runs on x"
+    "What goes into each submodule of `paths` when the module runs on x"
     seen = {}
     with ExitStack() as stack, torch.no_grad():
         for path in paths: stack.callback(module.get_submodule(path).register_forward_pre_hook(lambda m, args, path=path: seen.setdefault(path, args[0].clone())).remove)

@@ -67,7 +67,7 @@ def vit_timm(dtype):
     return lambda x: functional_call(ours, dict(reference.named_parameters()), (x,)), reference, [normal(2, 20, 24, dtype=dtype)], shared(reference)
 
 def swin(dtype, size, window, shift):
-    "Window attention as one 0/1 mask over the whole map, against timm's block"
+    "Window attention on a map of `size` as one 0/1 mask, against timm's block with this `window` and `shift`"
     block = prepared(SwinTransformerBlock(24, size, 3, window_size=window, shift_size=shift), dtype)
     rule, a, (h, w) = WindowKernels.from_timm(block), block.attn, size
     def masked(x):

@@ -32,8 +32,12 @@ def between(low, high=math.inf) -> Check:
     return Check(lambda v: low <= v <= high, f'at least {low:g}' if high == math.inf else f'from {low:g} to {high:g}')
 
 
-def above(low) -> Check: return Check(lambda v: low < v < math.inf, f'above {low:g}')
-def one_of(*values) -> Check: return Check(lambda v: v in values, 'one of ' + ', '.join(map(repr, values)))
+def above(low) -> Check:
+    "Numbers above `low`."
+    return Check(lambda v: low < v < math.inf, f'above {low:g}')
+def one_of(*values) -> Check:
+    "One of `values`."
+    return Check(lambda v: v in values, 'one of ' + ', '.join(map(repr, values)))
 
 
 def setting(
@@ -52,6 +56,7 @@ TABLE4, MMCLS, DEIT, OURS = 'Table 4', 'MMClassification', 'DeiT', 'ours'
 
 @dataclass(frozen=True)
 class ModelSettings:
+    "The network."
     name: str = setting('', 'what the recipe is called')
     model: str = setting('deit_small_patch16_224', 'timm model that is the base')
     model_args: dict = setting(dict, 'more arguments of the model, such as {"depth": 6}')
@@ -66,6 +71,7 @@ class ModelSettings:
 # %% ../nbs/21_recipes.ipynb #30467765
 @dataclass(frozen=True)
 class Schedule:
+    "How long, how fast."
     epochs: int = setting(300, 'passes over the training images', TABLE4, between(1))
     batch_size: int = setting(1024, 'images a step, over all processes', TABLE4, between(1))
     grad_accum: int = setting(1, 'parts that a step is computed in', OURS, between(1))
@@ -81,6 +87,7 @@ class Schedule:
 # %% ../nbs/21_recipes.ipynb #8222b902
 @dataclass(frozen=True)
 class Regularization:
+    "What keeps it from learning by heart."
     weight_decay: float = setting(0.05, 'of matrices and kernels, not of norms, biases, tokens, tables', TABLE4, between(0))
     layer_decay: float | None = setting(None, 'learning rate of a layer, relative to the next; None: all equal', OURS, between(0, 1))
     label_smoothing: float = setting(0.1, 'share of the label spread over all classes', TABLE4, between(0, 0.99))
@@ -97,6 +104,7 @@ class Regularization:
 # %% ../nbs/21_recipes.ipynb #ad01e580
 @dataclass(frozen=True)
 class Augmentation:
+    "What is done to the images."
     rand_augment: str = setting('rand-m9-mstd0.5-inc1', "RandAugment in timm's words; empty: off", TABLE4)
     repeated_aug: int = setting(0, 'draws of an image in an epoch that sees a share of the images; 0: off', TABLE4, between(0))
     random_erasing: float = setting(0.25, 'share of the images that lose a box', TABLE4, between(0, 1))
@@ -107,6 +115,7 @@ class Augmentation:
 # %% ../nbs/21_recipes.ipynb #e9025556
 @dataclass(frozen=True)
 class Machine:
+    "Where it runs, and from which random numbers."
     seed: int = setting(0, 'decides weights, order and augmentation', OURS, between(0))
     workers: int = setting(4, 'processes that decode, for each that trains', OURS, between(0))
     amp: str = setting('', 'reduced precision on a GPU; empty: float32', OURS, one_of('', 'bf16', 'fp16'))
@@ -125,7 +134,7 @@ def accepts(
 
 
 def complaint(recipe, each) -> str:
-    "What is wrong with the value of one field, and what is right; '' if nothing."
+    "What is wrong with the value of one field, `each`, and what is right; '' if nothing."
     value, kind, check = getattr(recipe, each.name), typing.get_type_hints(type(recipe))[each.name], each.metadata['check']
     sound = accepts(kind, value) and not (isinstance(value, float) and math.isnan(value))
     if sound and (check is None or value is None or check.test(value)): return ''
