@@ -193,6 +193,13 @@ def test_literally_is_undone():
     assert 'forward' not in vars(conv)
 
 
+def test_mixtures_of_large_kernels_are_counted():
+    spec = KernelSpec('dynamic', 'soft', 'pair', 3, 'softmax', None)
+    torch.manual_seed(0)
+    found = describe(build(spec, 16, (4, 4), 2), torch.randn(1, 16, 4, 4))
+    assert found == spec and found.num_kernels == 8
+
+
 # vdc_equiv
 
 def equiv(*args): return subprocess.run([Path(sys.executable).parent/'vdc_equiv', *args], capture_output=True, text=True, timeout=240)

@@ -200,10 +200,12 @@ def mixtures(o: Opened, q: Tensor, z: Tensor) -> int:
     k, v = made[0].chunk(2, -1) if o.parts else made
     v = v.detach().requires_grad_()
     y, rows = o(q, [torch.cat([k, v], -1)] if o.parts else [k, v])[:, 0], []
-    for i, out in enumerate(y, 1):
+    for out in y:
         g, = torch.autograd.grad(out, v, retain_graph=True)
-        rows.append(g.reshape(-1, g.shape[-1])[:, 0] if o.parts else g[0, 0].flatten())
-        if math.log2(i).is_integer() and rank(torch.stack(rows)) < i: break                 # more outputs would add nothing
+        row = g.reshape(-1, g.shape[-1])[:, 0] if o.parts else g[0, 0].flatten()
+        if not row.any(): continue                                                          # at the border a part of a k x k kernel lies outside
+        rows.append(row)
+        if math.log2(len(rows)).is_integer() and rank(torch.stack(rows)) < len(rows): break # more outputs would add nothing
     return rank(torch.stack(rows))
 
 def bank_size(o: Opened, q: Tensor, images: int = 16) -> int:
