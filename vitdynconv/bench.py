@@ -90,12 +90,14 @@ def compare(
     met = '' if goal is None else 'yes' if high <= goal else 'no' if low > goal else 'near'
     return Row(**facts, ms=1e3 * statistics.median(taken[name]), reference_ms=1e3 * statistics.median(taken[reference]), ratio=ratio, low=low, high=high, rounds=len(ratios), met=met)
 
-# %% ../nbs/24_bench.ipynb #5bfd3a0b
+# %% ../nbs/24_bench.ipynb #6d4006a3
 CORE_GOALS = {('scaling', 197): .25, ('scaling', 784): .06, ('scaling', 3136): .02, ('ln', 197): .5, ('ln', 784): .12, ('ln', 3136): .03, ('depth-wise', 784): .05}
 LENGTHS = 49, 197, 784, 3136, 12544
 CORES = 'scaling', 'scaling_relu', 'ln', 'ln_relu', 'depth-wise'
 
-def nothing(logits, bias=None, mask=None): return logits
+def nothing(logits, bias=None, mask=None):
+    "The activation that leaves the logits alone."
+    return logits
 
 def core_sides(
     n: int,               # tokens
@@ -274,18 +276,19 @@ def training_rows(
         size = f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters'
         yield compare(taken, 'learner', 'bare', suite='training', work='Learner, training step', against='bare loop', size=size, goal=1.03)
 
-# %% ../nbs/24_bench.ipynb #140106ca
+# %% ../nbs/24_bench.ipynb #a57f5d14
 def data_rows(
     seconds: float, # how long to go on
     workers: int,   # processes that decode
 ) -> Iterator[Row]:
     "An epoch of `imagenet_dls` against one of timm's `create_loader`."
-    from vitdynconv.data import cluttered_digits_dls, imagenet_dls, write_imagefolder
+    from vitdynconv.data import cluttered_digits_dls, imagenet_dls, keep_one_bit, write_imagefolder
     with tempfile.TemporaryDirectory() as folder:
         root = write_imagefolder(cluttered_digits_dls(size=64, copies=1), Path(folder) / 'images', per_class=32)
         ours = imagenet_dls(root, batch_size=32, workers=workers).train
         theirs = timm.data.create_loader(timm.data.create_dataset('', root / 'train'), (3, 224, 224), 32, is_training=True, re_prob=.25, re_mode='pixel', auto_augment='rand-m9-mstd0.5-inc1',
             color_jitter=None, interpolation='bicubic', num_workers=workers, device=torch.device('cpu'), persistent_workers=False)
+        keep_one_bit(theirs.dataset.transform)                                    # Pillow 13 refuses what timm's strongest posterizing asks for
         def epoch(loader):
             images = sum(len(batch[0]) for batch in loader)
             if images != 320: raise RuntimeError(f'an epoch of {images} images, not 320')
