@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 NB ?=
+SUITE ?= core
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks readme docs clean
+.PHONY: help demo test lab notebooks readme docs bench clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -39,6 +40,9 @@ docs: $(READY) ## build the site into _docs/
 	  "https://quarto.org/docs/download/ and put 'quarto' on the PATH" >&2; exit 1; }
 	@$(BIN)/python .ci/notebooks.py readme  # newer than the index, so that nbdev leaves it alone
 	@$(BIN)/nbdev_docs
+
+bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, model, training or data
+	@$(BIN)/vdc_bench --suite $(SUITE)
 
 clean: ## remove what was built, the environment too
 	rm -rf .venv build dist demo _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
