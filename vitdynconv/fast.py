@@ -639,7 +639,7 @@ def as_matrix(
     if isinstance(bias, nn.Module): bias = bias.bias()
     return bias.to(q.dtype)[(None,) * (4 - bias.ndim)]
 
-# %% ../nbs/09_fast.ipynb #6b7ce1c0
+# %% ../nbs/09_fast.ipynb #46720759
 def evaluate_4d(
     q: Tensor, k: Tensor, v: Tensor,  # (b, h, n or m, d)
     act: Callable,                    # an activation
@@ -648,7 +648,7 @@ def evaluate_4d(
 ) -> Tensor:                          # (b, h, n, d)
     "The choice for (b, h, n, d)."
     kind, (n, d), m, e = kind_of(act), q.shape[-2:], k.shape[-2], v.shape[-1]
-    if kind == 'fused': return fused(q, k, v, act, None if bias is None else as_matrix(bias, q), mask)
+    if kind == 'fused' and not torch.compiler.is_exporting(): return fused(q, k, v, act, None if bias is None else as_matrix(bias, q), mask)
     shorter = (n + m) * d * e < n * m * (d + e)                                   # is Q (K'V) the shorter way?
     pays = dict(linear=shorter, ln=shorter, relu=True, ln_relu=n * m > LOOK or by_triton(q, v))
     fits = getattr(act, 'weight', None) is None or len(act.weight) == m           # if not, the definition says what is wrong
