@@ -6,10 +6,11 @@
 __all__ = ['FEW', 'TILE', 'SMALL', 'LOOK', 'by_onednn', 'product', 'recorded', 'Projection', 'token_major', 'Merged', 'merged',
            'normalised_plainly', 'Normalised', 'normalised_backward', 'normalised', 'layernorm_attention', 'tiles',
            'cut', 'weigh', 'Tiled', 'tiled_backward', 'layernorm_rows', 'side_by_side', 'apart', 'toeplitz',
-           'position_matrix', 'by_matrix', 'fourier', 'inverse_fourier', 'by_fourier_rows', 'by_fft', 'by_convolution',
-           'position_way', 'relative_position', 'masked_mean', 'masked_position', 'fast_depthwise_attention', 'fused',
-           'plain', 'scale_of', 'kind_of', 'evaluate_unmasked', 'evaluate_relu', 'stored_relu', 'by_triton', 'trains',
-           'as_matrix', 'evaluate_4d', 'dynamic_conv_attention', 'check_grid', 'accelerate']
+           'position_matrix', 'by_matrix', 'fourier', 'inverse_fourier', 'matmul', 'by_fourier_rows', 'by_fft',
+           'by_convolution', 'position_way', 'relative_position', 'masked_mean', 'masked_position',
+           'fast_depthwise_attention', 'fused', 'plain', 'scale_of', 'kind_of', 'evaluate_unmasked', 'evaluate_relu',
+           'stored_relu', 'by_triton', 'trains', 'as_matrix', 'evaluate_4d', 'dynamic_conv_attention', 'check_grid',
+           'accelerate']
 
 # %% ../nbs/09_fast.ipynb #3b764cd7
 import math
@@ -414,7 +415,14 @@ def inverse_fourier(
     weight[0] /= 2                                    # every frequency but zero stands for itself and its conjugate
     return (fourier(offsets, size).unflatten(0, (size, 2)) * weight).flatten(0, 1).T
 
-# %% ../nbs/09_fast.ipynb #53fbfe63
+# %% ../nbs/09_fast.ipynb #17562fde
+def matmul(
+    a: Tensor, # (n, c)
+    b: Tensor, # (c, m), dense, or the transpose of a dense matrix
+) -> Tensor:   # (n, m)
+    "`a @ b` with gradients, by the faster library."
+    return _Linear.apply(a, b.mT, None) if by_onednn(a, a.shape[0] * b.numel()) and not recorded() else a @ b
+
 def by_fourier_rows(
     v: Tensor,             # (b, h, H*W, d)
     table: Tensor,         # ((2H-1)(2W-1), h)
@@ -422,15 +430,16 @@ def by_fourier_rows(
 ) -> Tensor:               # (b, h, H*W, d)
     "`B V` by a Fourier transform of the rows and a Toeplitz matrix a frequency: n^1.5 multiplications a channel, nothing of size n x n."
     (b, heads, n, d), (h, w), out = v.shape, grid, []
-    axis = torch.arange(h, device=v.device, dtype=torch.float64)
-    there, back = [m.to(v.dtype).contiguous() for m in (fourier(axis, h), inverse_fourier(axis, h))]
-    offsets = torch.arange(1 - h, h, device=v.device, dtype=torch.float64)
-    lines = fourier(offsets, h).to(v.dtype) @ table.T.to(v.dtype).unflatten(1, (2 * h - 1, 2 * w - 1)).flip(2)  # (heads, 2H, 2W-1)
-    for line, x in zip(lines.unflatten(1, (h, 2)).unbind(0), side_by_side(v).unbind(0)):
-        c, s = toeplitz(line, w).unbind(1)                                          # (H, W, W): real and imaginary
-        re, im = (there @ x.reshape(h, -1)).view(h, 2, w, b * d).unbind(1)          # (H, W, b*d)
-        y = torch.stack([torch.baddbmm(c @ re, s, im, alpha=-1), torch.baddbmm(c @ im, s, re)], 1)
-        out.append((back @ y.view(2 * h, -1)).view(n, b * d))
+    axis = torch.arange(1 - h, h, device=v.device, dtype=torch.float64)
+    there, back = fourier(axis[h - 1:], h).to(v.dtype), inverse_fourier(axis[h - 1:], h).to(v.dtype).unflatten(1, (h, 2))
+    to_re, to_im = back[..., 0].contiguous(), back[..., 1].contiguous()
+    lines = fourier(axis, h).to(v.dtype) @ table.T.to(v.dtype).unflatten(1, (2 * h - 1, 2 * w - 1)).flip(2)     # (heads, 2H, 2W-1)
+    c, s = lines.unflatten(1, (h, 2)).unbind(2)
+    for c, both, rest, x in zip(c, c + s, s - c, side_by_side(v).unbind(0)):
+        re, im = matmul(there, x.reshape(h, -1)).view(h, 2, w, b * d).unbind(1)      # (H, W, b*d)
+        p = toeplitz(c, w) @ (re + im)
+        re, im = torch.baddbmm(p, toeplitz(both, w), im, alpha=-1), torch.baddbmm(p, toeplitz(rest, w), re)
+        out.append((matmul(to_re, re.view(h, -1)) + matmul(to_im, im.view(h, -1))).view(n, b * d))
     return apart(torch.stack(out), b)
 
 # %% ../nbs/09_fast.ipynb #4b7540da
