@@ -4,9 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 NB ?=
 SUITE ?= core
+STUDY ?= full
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks readme docs bench clean
+.PHONY: help demo test lab notebooks readme docs bench study clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -44,8 +45,11 @@ docs: $(READY) ## build the site into _docs/
 bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, model, training or data
 	@$(BIN)/vdc_bench --suite $(SUITE)
 
+study: $(READY) ## train every row of Table 2 at toy size, or go on with it (an hour or two); STUDY=quick for a taste
+	@$(BIN)/vdc_study --plan $(STUDY) --out $(if $(filter full,$(STUDY)),nbs/results/convergence,study-$(STUDY))
+
 clean: ## remove what was built, the environment too
-	rm -rf .venv build dist demo _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
+	rm -rf .venv build dist demo study study-quick _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
 
 $(READY): settings.ini setup.py constraints.txt .ci/venv
 	@PYTHON="$(PYTHON)" bash .ci/venv

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'IMAGE_SETTINGS', 'SPLITS', 'STREAMS', 'seed_from', 'kept_randomness', 'EpochLoader', 'epoch_seed',
-           'epoch_order', 'grid', 'TensorSet', 'shift_images', 'TensorLoader', 'own_share', 'digits_split', 'enlarge',
-           'digits_dls', 'window_grid', 'photo_crops', 'clutter', 'cluttered_digits_dls', 'folder_in_one_piece',
-           'write_imagefolder', 'ImageSet', 'keep_one_bit', 'image_transforms', 'DrawErasing', 'Requests',
-           'collate_readable', 'ImageLoader', 'find_split', 'devkit_labels', 'label_flat_split', 'class_names',
-           'open_split', 'class_problems', 'image_problems', 'complain', 'preflight', 'SkipCounter', 'ImageStream',
-           'StreamLoader', 'share_stream', 'stream_problems', 'own_device', 'image_settings', 'step_size',
-           'imagenet_dls']
+           'epoch_order', 'grid', 'TensorSet', 'shift_images', 'TensorLoader', 'own_share', 'stratified_split',
+           'digits_split', 'enlarge', 'digits_dls', 'window_grid', 'photo_crops', 'clutter', 'cluttered_digits_dls',
+           'folder_in_one_piece', 'write_imagefolder', 'ImageSet', 'keep_one_bit', 'image_transforms', 'DrawErasing',
+           'Requests', 'collate_readable', 'ImageLoader', 'find_split', 'devkit_labels', 'label_flat_split',
+           'class_names', 'open_split', 'class_problems', 'image_problems', 'complain', 'preflight', 'SkipCounter',
+           'ImageStream', 'StreamLoader', 'share_stream', 'stream_problems', 'own_device', 'image_settings',
+           'step_size', 'imagenet_dls']
 
 # %% ../nbs/20_data.ipynb #59c4b859
 import importlib
@@ -310,17 +310,25 @@ def _tensor_dls(x, y, train, valid, vocab, batch_size, seed, shift, rank, world,
         TensorLoader(TensorSet(x[train], y[train], shift=shift, **stats), shuffle=True, drop_last=True, **common),
         TensorLoader(TensorSet(x[valid], y[valid], **stats), **common), device=torch.device(device or 'cpu'))
 
-# %% ../nbs/20_data.ipynb #23d53c96
+# %% ../nbs/20_data.ipynb #deb8f019
+def stratified_split(
+    labels: Tensor, # (n,)
+    valid_pct,      # share held out
+    split_seed,     # decides which
+) -> list:          # training and held-out numbers
+    "Split 0 to n - 1, each class in equal shares."
+    if not 0 < valid_pct < 1: raise ValueError(f'valid_pct={valid_pct} is not a share: choose one between 0 and 1, such as 0.2')
+    return [torch.as_tensor(part) for part in train_test_split(np.arange(len(labels)), test_size=valid_pct, stratify=labels, random_state=split_seed)]
+
+
 def digits_split(
     valid_pct=0.2,  # share of the images held out
     split_seed=42,  # decides which
 ) -> tuple:         # images (1797, 1, 8, 8) in [0, 1], labels (1797,), training and held-out numbers
     "scikit-learn's digits and a split with equal shares of each class."
-    if not 0 < valid_pct < 1: raise ValueError(f'valid_pct={valid_pct} is not a share: choose one between 0 and 1, such as 0.2')
     digits = load_digits()
     x, y = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
-    parts = train_test_split(np.arange(len(y)), test_size=valid_pct, stratify=y, random_state=split_seed)
-    return x, y, *map(torch.as_tensor, parts)
+    return x, y, *stratified_split(y, valid_pct, split_seed)
 
 
 def enlarge(x: Tensor, size: int) -> Tensor:
@@ -377,17 +385,19 @@ def photo_crops(
         crops[which == i] = stacked[0].unflatten(1, (-1, size)).transpose(0, 1)
     return crops
 
-# %% ../nbs/20_data.ipynb #64d0f771
+# %% ../nbs/20_data.ipynb #b95fe831
 def clutter(
     digits: Tensor,  # (n, 1, 8, 8) in [0, 1]
     size: int,       # pixels a side of the result
     span,            # (from, to) share of the photographs' width
     generator,       # source of randomness
+    scale,           # (from, to) share of the picture's side that a digit's own square takes
+    light,           # brightness of the photographs, 1 as they are
 ) -> Tensor:         # (n, 3, size, size) in [0, 1]
     "Digits enlarged, moved, painted onto crops of photographs and partly covered."
     n, uniform = len(digits), lambda *shape: torch.rand(*shape, generator=generator)
-    background, cover = (photo_crops(n, size, span, generator) for _ in range(2))
-    extent = (2 + 1.5 * uniform(n, 1)) * 8 / 32  # the digit's share of the picture's side
+    background, cover = (light * photo_crops(n, size, span, generator) for _ in range(2))
+    extent = scale[0] + (scale[1] - scale[0]) * uniform(n, 1)
     centre = (2 * uniform(n, 2) - 1) * (1 - extent)
     windows = window_grid((1 / extent).expand(n, 2), -centre / extent, size)
     ink = F.grid_sample(digits, windows, align_corners=False)
@@ -401,28 +411,35 @@ def clutter(
     covered = inside[:, 1, :, None] & inside[:, 0, None, :]
     return torch.where(covered[:, None], cover, picture)
 
-# %% ../nbs/20_data.ipynb #c7cc32a2
+# %% ../nbs/20_data.ipynb #a3af52a4
 def cluttered_digits_dls(
-    batch_size=32,     # images a step, over all processes
-    seed=0,            # decides the order of the images and their shifts, epoch by epoch
-    size=32,           # pixels a side, 32 to 64
-    copies=4,          # pictures made of each digit, each with a place and clutter of its own
-    valid_pct=0.2,     # share of the digits held out
-    channels=3,        # 3, or 1 for grey
-    shift=2,           # every other training draw moves its picture by up to so many pixels each way
-    data_seed=42,      # decides the pictures and which digits are held out
-    rank=None,         # this process, and
-    world=None,        # how many share an epoch; torchrun's by default
-    device=None,       # where batches are put; the CPU by default
-) -> DataLoaders:      # train, valid; vocab '0' to '9'
+    batch_size=32,        # images a step, over all processes
+    seed=0,               # decides the order of the images and their shifts, epoch by epoch
+    size=32,              # pixels a side, 32 to 64
+    copies=4,             # pictures made of each digit, each with a place and clutter of its own
+    valid_pct=0.2,        # share of the digits held out
+    channels=3,           # 3, or 1 for grey
+    scale=(0.75, 0.95),   # (from, to) share of the picture's side that a digit's own square takes
+    light=0.3,            # brightness of the photographs: 0 for black, 1 as they are
+    shift=2,              # every other training draw moves its picture by up to so many pixels each way
+    data_seed=42,         # decides the pictures and which digits are held out
+    held_out='test',      # what is judged: 'test', or 'tune' for a part of the training digits
+    rank=None,            # this process, and
+    world=None,           # how many share an epoch; torchrun's by default
+    device=None,          # where batches are put; the CPU by default
+) -> DataLoaders:         # train, valid; vocab '0' to '9'
     "Loaders of scikit-learn's digits moved, scaled and partly covered in crops of scikit-learn's photographs."
     if not 32 <= size <= 64: raise ValueError(f'size={size} is out of range: cluttered digits have 32 to 64 pixels a side')
     if channels not in (1, 3): raise ValueError(f'channels={channels} is not valid: choose 3, or 1 for grey')
+    if not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f'scale={scale} is not valid: choose two shares above 0 and up to 1, such as (0.75, 0.95)')
+    if not 0 <= light <= 1: raise ValueError(f'light={light} is not valid: choose from 0, black, to 1, photographs as they are')
+    if held_out not in ('test', 'tune'): raise ValueError(f"held_out={held_out!r} is not valid: choose 'test' or 'tune'")
     x, y, *parts = digits_split(valid_pct, data_seed)
+    if held_out == 'tune': parts = [parts[0][i] for i in stratified_split(y[parts[0]], valid_pct, data_seed)]
     generator, pictures, labels = torch.Generator().manual_seed(data_seed), [], []
     for part, span in zip(parts, ((0, 0.6), (0.6, 1))):
         part = part.repeat(copies)
-        pictures.append(clutter(x[part], size, span, generator))
+        pictures.append(clutter(x[part], size, span, generator, scale, light))
         labels.append(y[part])
     x, y, n = torch.cat(pictures), torch.cat(labels), len(labels[0])
     if channels == 1: x = x.mean(1, keepdim=True)
