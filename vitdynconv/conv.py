@@ -21,11 +21,13 @@ def assert_equal(
     "Assert that two tensors have one shape, one dtype and, within `tol`, the same values. Nothing is broadcast; NaN equals nothing."
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
-# %% ../nbs/00_conv.ipynb #0025525f
+# %% ../nbs/00_conv.ipynb #8bbb169d
 class Difference(NamedTuple):
     "The largest absolute difference of two computations: of their outputs, and of the gradients of everything they depend on."
     outputs: float   # max |f(x) - g(x)|
     gradients: float # max over all inputs and parameters of |df - dg|
+
+    def __str__(self): return f'outputs {self.outputs:.1g}, gradients {self.gradients:.1g}'
 
 # %% ../nbs/00_conv.ipynb #daa00f90
 def difference(
