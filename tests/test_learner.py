@@ -183,7 +183,7 @@ def test_clipping_bounds_the_gradient():
     learn = digits_learner(Norms(), clip_grad=0.3)
     learn.fit()
     assert max(learn.norms.after) <= 0.3 + 1e-5
-    assert float(learn.clip_norm.found) > 0.3, 'the log shows the norm before clipping'
+    assert float(learn.gradient_norm) > 0.3, 'the log shows the norm before clipping'
 
 
 def test_mixing_stops_for_the_tail_and_for_validation():

@@ -293,7 +293,7 @@ class Watch(Callback):
     def before_fit(self): self.labels, self.norms, self.rates, self.biases = [], [], [], [self.model.head.bias.detach().clone()]
     def before_step(self):
         self.labels.append(self.yb[0].clone())
-        self.norms.append((float(self.clip_norm.found), float(torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm())))
+        self.norms.append((float(self.learn.gradient_norm), float(torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm())))
         self.rates.append([group['lr'] for group in self.opt.opt.param_groups])
     def after_step(self): self.biases.append(self.model.head.bias.detach().clone())
 

@@ -221,16 +221,18 @@ def model_rows(
                 work = f"{base} {'depth-wise' if kernel == 'depthwise' else activation} {pos}, {'training' if training else 'inference'}"
                 yield compare(taken, row, 'timm', suite='model', work=work, against=f"timm's {base}", size=f'{len(images)} images', goal=model_goal(*row, training), memory_mb=held[row], reference_mb=held['timm'])
 
-# %% ../nbs/24_bench.ipynb #7b72d861
+# %% ../nbs/24_bench.ipynb #84d6ee0a
 def bare_epoch(
     model: nn.Module, # trained in place
     optimizer,        # its optimizer
     loader,           # batches
     recipe,           # clipping and label smoothing
+    rate,             # function: finished share of the epoch -> learning rate
 ) -> None:
     "An epoch of training, as one would write it in a notebook."
     model.train()
-    for images, labels in loader:
+    for i, (images, labels) in enumerate(loader):
+        for group in optimizer.param_groups: group['lr'] = rate(i / len(loader))
         loss = F.cross_entropy(model(images), labels, label_smoothing=recipe.label_smoothing)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
@@ -253,13 +255,13 @@ def timed_learner(recipe, dls):
         return learn.trained
     return learn, epoch
 
-# %% ../nbs/24_bench.ipynb #090e0c77
+# %% ../nbs/24_bench.ipynb #0a82451d
 def training_rows(
     seconds: float, # for each network
 ) -> Iterator[Row]:
     "A training step of the `Learner` against a bare loop, on digits and the CPU."
     from vitdynconv.data import digits_dls
-    from vitdynconv.learner import parameter_groups
+    from vitdynconv.learner import parameter_groups, warmup_cosine
     from vitdynconv.recipes import RECIPES
     from vitdynconv.train import recipe_model
     small = RECIPES['digits']
@@ -268,10 +270,11 @@ def training_rows(
         learn, epoch = timed_learner(recipe, dls)
         model = recipe_model(recipe)
         optimizer = timm.optim.create_optimizer_v2(parameter_groups(model, recipe.weight_decay), opt=recipe.opt, lr=recipe.lr)
+        rate = warmup_cosine(recipe.lr, recipe.warmup_epochs / recipe.epochs, recipe.warmup_lr, recipe.min_lr)
         taken, start = dict(learner=[], bare=[]), time.perf_counter()
         while len(taken['bare']) < 4 or time.perf_counter() - start < seconds:
             taken['learner'].append(epoch() / len(dls.train))
-            taken['bare'].append(clock(lambda: bare_epoch(model, optimizer, dls.train, recipe), 1, 'cpu') / len(dls.train))
+            taken['bare'].append(clock(lambda: bare_epoch(model, optimizer, dls.train, recipe, rate), 1, 'cpu') / len(dls.train))
         taken = {name: times[1:] for name, times in taken.items()}                # the first epoch warms up
         size = f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters'
         yield compare(taken, 'learner', 'bare', suite='training', work='Learner, training step', against='bare loop', size=size, goal=1.03)

@@ -27,21 +27,20 @@ def peak_memory(device) -> float:
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
-# %% ../nbs/22b_logbook.ipynb #c227ef0d
+# %% ../nbs/22b_logbook.ipynb #2aa4b0e7
 class StepLog(Callback):
     "Every `every` steps, and at the last, a line with speed, data wait, learning rate, gradient norm and memory; the epoch's go into its history row."
     order, run_valid = Recorder.order + 5, False
     def __init__(self, every=50): store_attr()
-    def before_train(self): self.images, self.started = 0, time.perf_counter()
+    def before_train(self): self.started = time.perf_counter()
     def after_batch(self):
-        self.images += len(self.xb[0])
-        now = (self.iter + 1) % self.every == 0 or self.iter + 1 == self.n_iter
-        if now and self.learn.logger is not noop: self.write()
+        step = self.learn.iter + 1
+        if (step % self.every == 0 or step == self.learn.n_iter) and self.learn.logger is not noop: self.write()
     def measures(self):
         seconds = time.perf_counter() - self.started
-        grads = getattr(self.learn, 'clip_norm', None)
+        norm = self.learn.gradient_norm
         return dict(images_per_second=round(self.images * max(num_distrib(), 1) / seconds, 1), data_wait=round(self.waited / seconds, 4),
-                    gradient_norm=float(grads.found) if grads and grads.found is not None else None, peak_memory=round(peak_memory(self.dls.device), 3))
+                    gradient_norm=None if norm is None else float(norm), peak_memory=round(peak_memory(self.dls.device), 3))
     def write(self):
         m = self.measures()
         tqdm.write(f'epoch {self.epoch + 1} step {self.iter + 1}/{self.n_iter}: loss {float(self.smooth_loss):.4f}, '
