@@ -45,9 +45,10 @@ def run_one(path):
             return await super().async_execute_cell(cell, *args, **kwargs)
 
     nb = nbformat.read(path, as_version=4)
-    Client(nb, timeout=None, kernel_name="python3", coalesce_streams=True, store_widget_state=False,
+    Client(nb, timeout=None, kernel_name="python3", coalesce_streams=True,
            extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).execute()
     nb = json.loads(nbformat.writes(nb))
+    nb["metadata"].pop("widgets", None)  # sliders without a kernel; the client needs their state only while it runs
     clean_nb(nb)
     write(path, nb2str(nb))
 
