@@ -53,14 +53,13 @@ def kernel_to_table(
     if kernel.shape[1] % 2 == 0 or kernel.shape[2] % 2 == 0: raise ValueError(f'a kernel of {kernel.shape[1]} x {kernel.shape[2]} spans no grid; give odd sizes (2H-1, 2W-1)')
     return kernel.flip(1, 2).flatten(1).T.contiguous()
 
-# %% ../nbs/03_position.ipynb #5de8a0a6
+# %% ../nbs/03_position.ipynb #22deb8d1
 def resize_table(
     table: Tensor,             # ((2H-1)(2W-1), c) of the old grid
     old_grid: tuple[int, int], # (H, W)
     new_grid: tuple[int, int], # (H', W')
 ) -> Tensor:                   # ((2H'-1)(2W'-1), c)
     "A relative position table for another grid, by timm's interpolation of it as an image. Unchanged if the grid is."
-
     (h, w), (new_h, new_w) = old_grid, new_grid
     if len(table) != (2 * h - 1) * (2 * w - 1): raise ValueError(f'a table of {len(table)} entries does not belong to a grid of {h} x {w}, which has {(2 * h - 1) * (2 * w - 1)} offsets')
     if (h, w) == (new_h, new_w): return table
