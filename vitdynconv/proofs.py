@@ -52,7 +52,7 @@ def shared(module: nn.Module) -> list:
     "Each parameter, to be compared with itself"
     return [(p, p) for p in module.parameters()]
 
-# %% ../nbs/08b_proofs.ipynb #a6b8aeb6
+# %% ../nbs/08b_proofs.ipynb #d645c6ec
 @case('ViT', 'static, dynamic, dynamic, static conv', 'nn.MultiheadAttention')
 def vit_torch(dtype):
     mha = prepared(nn.MultiheadAttention(24, 3, batch_first=True), dtype)
@@ -66,6 +66,7 @@ def vit_timm(dtype):
     ours = DynamicConvAttention(24, 3, evaluate=attention_as_convs).to(dtype)
     return lambda x: functional_call(ours, dict(reference.named_parameters()), (x,)), reference, [normal(2, 20, 24, dtype=dtype)], shared(reference)
 
+# %% ../nbs/08b_proofs.ipynb #20adca4a
 def swin(dtype, size, window, shift):
     "Window attention on a map of `size` as one 0/1 mask, against timm's block with this `window` and `shift`"
     block = prepared(SwinTransformerBlock(24, size, 3, window_size=window, shift_size=shift), dtype)
