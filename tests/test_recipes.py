@@ -67,7 +67,8 @@ def test_words_become_values(words, field, value):
     ('lr=inf', 'lr=inf'), ('amp=fp8', "one of '', 'bf16', 'fp16'"), ('kernel=wide', "one of 'dense', 'depthwise'"), ('ema=maybe', 'give bool'),
     ('epochs', 'write field=value'), ('epochs=10', 'warmup_epochs=20 does not end before epochs=10'), ('batch_size=7', 'mixed in pairs'),
     ('grad_accum=3', 'no 3 equal parts'), ('mixup_prob=1.5', 'from 0 to 1'), ('drop_path=1', 'from 0 to 0.99'), ('num_classes=none', 'num_classes='),
-    ('model_args=[1]', 'give dict')])
+    ('model_args=[1]', 'give dict'), ("'model_args={\"img_size\": 32}'", 'set the field input_size'), ("'model_args={\"class_token\": false}'", 'set the field class_token'),
+    ('epochs=2', 'add --warmup_epochs 0.13, or warmup_epochs=0.13 in Python')])
 def test_what_makes_no_sense_is_refused(words, message):
     with pytest.raises(ValueError) as error: Recipe().override(words)
     assert message in str(error.value)

@@ -17,14 +17,16 @@ import torch
 from fastai.basics import Callback
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vitdynconv.checkpoint import CheckpointError, RunStopped, load_checkpoint
+from vitdynconv.checkpoint import CheckpointError, RunStopped, load_checkpoint, save_weights
 from vitdynconv.data import imagenet_dls
+from vitdynconv.demo import demo_model
 from vitdynconv.evaluate import read_weights, vdc_eval
 from vitdynconv.learner import warmup_cosine
 from vitdynconv.logbook import wandb_writer
 from vitdynconv.recipes import RECIPES, Recipe
-from vitdynconv.train import recipe_dls, recipe_model, run_learner, vdc_train
+from vitdynconv.train import choose_recipe, recipe_dls, recipe_model, run_learner, vdc_train, weights_images
 
 HARD = ['--epochs', '3', '--batch_size', '128', '--lr', '8e-3',   # all that makes exactness hard, on a few steps
         '--set', 'lr_batch_size=128 warmup_epochs=0.5 drop_path=0.1 ema=yes ema_decay=0.9 mixup=0.8 cutmix=1.0 grad_accum=2']
@@ -244,6 +246,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(copied, capsys):
     (dict(out='RUN', set='warmth=1'), "no 'warmth'"),
     (dict(out='RUN', set='warmth'), 'field=value'),
     (dict(out='RUN', set='warmup_epochs=20'), 'warmup_epochs'),
+    (dict(out='RUN', recipe='deit_s', epochs='2'), 'add --warmup_epochs 0.13'),
     (dict(out='RUN', activation='lnrelu'), 'ln_relu'),
     (dict(out='RUN', kernel='sparse'), 'depthwise'),
     (dict(out='RUN', model='deit_smal_patch16_224'), 'deit_small_patch16_224'),
@@ -262,6 +265,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, words, tmp_path, mo
     before = sorted(tmp_path.rglob('*'))
     assert words in said(capsys, 2, vdc_train, **arguments)
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_the_option_that_an_error_proposes_helps():
+    assert choose_recipe('deit_s', dict(epochs='2', warmup_epochs='0.13')) == RECIPES['deit_s'].replace(epochs=2, warmup_epochs=0.13)
+
+
+# A recipe decides data and model
+
+@pytest.mark.parametrize('changes, tokens', [({}, 16), (dict(input_size=24), 36), (dict(input_size=24, class_token=True), 37), (dict(class_token=True), 17)])
+def test_input_size_and_class_token_of_digits_reach_data_and_model(changes, tokens):
+    recipe = RECIPES['digits'].replace(**changes)
+    images, _ = recipe_dls(recipe).valid.one_batch()
+    assert images.shape[1:] == (1, recipe.input_size, recipe.input_size)
+    for model in (recipe_model(recipe), demo_model('ln_relu', recipe)):
+        assert model.forward_features(images).shape[1] == tokens and model.patch_embed.img_size == images.shape[2:]
+        if not recipe.class_token: continue
+        torch.nn.init.normal_(model.head.weight)
+        before = model.eval()(images)
+        torch.nn.init.normal_(model.cls_token, std=3.)
+        assert not torch.allclose(model(images), before), 'the head reads the class token'
+
+
+def test_a_command_line_with_another_input_size_trains(tmp_path):
+    vdc_train(out=str(tmp_path/'RUN'), epochs='1', warmup_epochs='0.1', batch_size='256', set='input_size=8 class_token=yes')
+    weights = read_weights(tmp_path/'RUN/model.safetensors')[1]
+    assert weights['pos_embed'].shape[1] == 5 and 'cls_token' in weights
 
 
 # Table 4 on real JPEG files
@@ -411,6 +440,34 @@ def test_a_tree_trained_by_the_command_and_evaluated(tree, tmp_path, capsys):
     vdc_eval(checkpoint=str(tmp_path/'RUN/last.ckpt'), weights='ema', json=str(tmp_path/'r.json'))
     (row,) = json.loads((tmp_path/'r.json').read_text())
     assert row['images'] == 20 and row['top1'] == pytest.approx(float(rows_of(tmp_path/'RUN')[-1]['ema_accuracy']))
+
+
+def test_images_are_prepared_as_pretrained_weights_expect(tree, tmp_path):
+    "timm's ViT-S was trained with 0.5 for mean and deviation; nothing is downloaded, the facts come with timm."
+    plain = TINY.replace(model='vit_small_patch16_224', input_size=32)
+    tuned = plain.replace(pretrained=True)
+    assert weights_images(plain) == {} and weights_images(TINY.replace(pretrained=True, model='deit_small_patch16_224')) == dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    (usual, _), (halves, _) = (recipe_dls(recipe, str(tree)).valid.one_batch() for recipe in (plain, tuned))
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    assert torch.allclose(usual * std + mean, halves * 0.5 + 0.5, atol=1e-5) and not torch.allclose(usual, halves, atol=0.1)
+    assert weights_images(tuned.replace(crop_pct=None, interpolation=None)) == dict(mean=(.5,) * 3, std=(.5,) * 3, crop_pct=.9, interpolation='bicubic')
+    train = recipe_dls(tuned, str(tree)).train.dataset
+    assert train.mean == train.std == (.5,) * 3, 'training images, too'
+
+
+def test_evaluation_prepares_images_as_training_did(tree, tmp_path):
+    recipe = TINY.replace(model='vit_small_patch16_224', pretrained=True, ema=False)
+    model = recipe_model(recipe).eval()
+    torch.nn.init.normal_(model.head.weight)
+    save_weights(tmp_path/'model.safetensors', model, recipe)
+    vdc_eval(checkpoint=str(tmp_path/'model.safetensors'), data=str(tree), json=str(tmp_path/'r.json'))
+    loss = {}
+    for middle in (0.5, 0.4):
+        batches = list(imagenet_dls(tree, recipe=recipe, mean=(middle,) * 3, std=(.5,) * 3, device='cpu').valid)
+        with torch.no_grad(): logits = torch.cat([model(x) for x, _ in batches])
+        loss[middle] = float(torch.nn.functional.cross_entropy(logits, torch.cat([y for _, y in batches])))
+    measured = json.loads((tmp_path/'r.json').read_text())[0]['loss']
+    assert measured == pytest.approx(loss[0.5], rel=1e-4) and measured != pytest.approx(loss[0.4], rel=1e-3)
 
 
 def test_classes_that_do_not_match_stop_before_anything_is_written(tree, tmp_path, capsys):

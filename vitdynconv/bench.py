@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORE_GOALS', 'LENGTHS', 'CORES', 'SUITES', 'clock', 'race', 'Row', 'compare', 'nothing', 'core_sides', 'core_rows',
-           'position_rows', 'model_goal', 'model_run', 'peak_mb', 'model_rows', 'bare_epoch', 'timed_learner',
+           'position_rows', 'model_goal', 'model_run', 'peak_mb', 'model_rows', 'bare_steps', 'take_turns',
            'training_rows', 'data_rows', 'machine', 'rows_of', 'for_people', 'vdc_bench']
 
 # %% ../nbs/24_bench.ipynb #e133b8af
@@ -221,14 +221,14 @@ def model_rows(
                 work = f"{base} {'depth-wise' if kernel == 'depthwise' else activation} {pos}, {'training' if training else 'inference'}"
                 yield compare(taken, row, 'timm', suite='model', work=work, against=f"timm's {base}", size=f'{len(images)} images', goal=model_goal(*row, training), memory_mb=held[row], reference_mb=held['timm'])
 
-# %% ../nbs/24_bench.ipynb #84d6ee0a
-def bare_epoch(
+# %% ../nbs/24_bench.ipynb #c0a815f3
+def bare_steps(
     model: nn.Module, # trained in place
     optimizer,        # its optimizer
     loader,           # batches
     recipe,           # clipping and label smoothing
     rate,             # function: finished share of the epoch -> learning rate
-) -> None:
+) -> Iterator:        # of nothing, once a step
     "An epoch of training, as one would write it in a notebook."
     model.train()
     for i, (images, labels) in enumerate(loader):
@@ -238,46 +238,48 @@ def bare_epoch(
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
+        yield
 
-def timed_learner(recipe, dls):
-    "A `Learner`, and a function that runs one epoch and returns the seconds of its training part."
-    from fastai.callback.core import Callback
-    from vitdynconv.learner import create_learner
-    from vitdynconv.train import recipe_model
-    class Stopwatch(Callback):
-        "Time from the first batch to the last."
-        order = 1000
-        def before_train(self): self.learn.started = time.perf_counter()
-        def after_train(self): self.learn.trained = time.perf_counter() - self.learn.started
-    learn = create_learner(recipe_model(recipe), dls, recipe, cbs=Stopwatch())
-    def epoch():
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
-        return learn.trained
-    return learn, epoch
+# %% ../nbs/24_bench.ipynb #e017d8ab
+def take_turns(
+    learn,               # its steps are timed while it fits
+    bare: Callable,      # gives an epoch's worth of `bare_steps`
+    taken: dict,         # 'learner' and 'bare' -> list of seconds, one a step
+) -> None:
+    "Let a bare loop make a step before each step of a `Learner`."
+    waiting = learn.waiting
+    def turns(loader):
+        if not learn.training: return (yield from waiting(loader))
+        batches, steps = waiting(loader), bare()
+        for _ in range(len(loader)):
+            start = time.perf_counter()
+            next(steps)
+            middle = time.perf_counter()
+            yield next(batches)
+            taken['bare'].append(middle - start)
+            taken['learner'].append(time.perf_counter() - middle)
+    learn.waiting = turns
 
-# %% ../nbs/24_bench.ipynb #0a82451d
+# %% ../nbs/24_bench.ipynb #fb350622
 def training_rows(
     seconds: float, # for each network
 ) -> Iterator[Row]:
     "A training step of the `Learner` against a bare loop, on digits and the CPU."
-    from vitdynconv.data import digits_dls
-    from vitdynconv.learner import parameter_groups, warmup_cosine
+    from vitdynconv.learner import create_learner, parameter_groups, warmup_cosine
     from vitdynconv.recipes import RECIPES
-    from vitdynconv.train import recipe_model
+    from vitdynconv.train import recipe_dls, recipe_model
     small = RECIPES['digits']
     for recipe in (small, small.replace(model_args=small.model_args | dict(embed_dim=192, depth=12, mlp_ratio=4.))):
-        dls = digits_dls(recipe.batch_size)
-        learn, epoch = timed_learner(recipe, dls)
-        model = recipe_model(recipe)
+        dls, model = recipe_dls(recipe), recipe_model(recipe)
         optimizer = timm.optim.create_optimizer_v2(parameter_groups(model, recipe.weight_decay), opt=recipe.opt, lr=recipe.lr)
         rate = warmup_cosine(recipe.lr, recipe.warmup_epochs / recipe.epochs, recipe.warmup_lr, recipe.min_lr)
-        taken, start = dict(learner=[], bare=[]), time.perf_counter()
-        while len(taken['bare']) < 4 or time.perf_counter() - start < seconds:
-            taken['learner'].append(epoch() / len(dls.train))
-            taken['bare'].append(clock(lambda: bare_epoch(model, optimizer, dls.train, recipe, rate), 1, 'cpu') / len(dls.train))
-        taken = {name: times[1:] for name, times in taken.items()}                # the first epoch warms up
+        learn, taken, start = create_learner(recipe_model(recipe), dls, recipe), dict(learner=[], bare=[]), time.perf_counter()
+        take_turns(learn, lambda: bare_steps(model, optimizer, dls.train.new(), recipe, rate), taken)
+        with learn.no_bar(), learn.no_logging():
+            while not taken['bare'] or time.perf_counter() - start < seconds: learn.fit(1)
+        rounds = {name: [statistics.median(steps[i:i + 11]) for i in range(11, len(steps) - 10, 11)] for name, steps in taken.items()}  # the first warms up
         size = f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters'
-        yield compare(taken, 'learner', 'bare', suite='training', work='Learner, training step', against='bare loop', size=size, goal=1.03)
+        yield compare(rounds, 'learner', 'bare', suite='training', work='Learner, training step', against='bare loop', size=size, goal=1.03)
 
 # %% ../nbs/24_bench.ipynb #a57f5d14
 def data_rows(

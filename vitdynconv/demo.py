@@ -6,7 +6,7 @@
 __all__ = ['VARIANTS', 'demo_model', 'train_variant', 'model_summary', 'check_out', 'write_results', 'check_demo', 'run_demo',
            'vdc_demo']
 
-# %% ../nbs/25_demo.ipynb #9c4af89d
+# %% ../nbs/25_demo.ipynb #a99f9138
 import json
 import os
 import platform
@@ -18,31 +18,29 @@ import torch
 from torch import nn
 from .commands import checked, command, format_table, replacing, rows_as_csv
 from .cost import count
-from .data import digits_dls
 from .learner import create_learner
 from .logbook import plot_curves
-from .models import create_model
 from .proofs import equivalence_table
 from .recipes import RECIPES, Recipe
+from .train import recipe_dls, recipe_model
 
-# %% ../nbs/25_demo.ipynb #4fe10e54
-VARIANTS = {  # name -> what `create_model` is told
+# %% ../nbs/25_demo.ipynb #3b9c90c2
+VARIANTS = {  # name -> what the recipe says of it
     'softmax': dict(activation='softmax'),
     'scaling_relu': dict(activation='scaling_relu'),
     'ln_relu': dict(activation='ln_relu'),
     'depthwise': dict(activation='scaling', kernel='depthwise'),
 }
 
-# %% ../nbs/25_demo.ipynb #7691657b
+# %% ../nbs/25_demo.ipynb #7737ecef
 def demo_model(
     variant: str,   # a key of `VARIANTS`
     recipe: Recipe, # names the backbone and its arguments
 ) -> nn.Module:     # a timm VisionTransformer for 10 classes, with relative position
     "The model of a variant. All variants start from the same random weights wherever they have the same parameter."
-    torch.manual_seed(recipe.seed)
-    return create_model(recipe.model, **VARIANTS[variant], pos='rel', num_classes=recipe.num_classes, **recipe.model_args)
+    return recipe_model(recipe.replace(**VARIANTS[variant], pos='rel'))
 
-# %% ../nbs/25_demo.ipynb #72dc1010
+# %% ../nbs/25_demo.ipynb #b7fbf694
 def train_variant(
     variant: str,           # a key of `VARIANTS`
     recipe: Recipe,         # how to train
@@ -50,7 +48,7 @@ def train_variant(
     "Train one variant on the digits; accuracy is that of the last epoch on the held-out images."
     model, start = demo_model(variant, recipe), time.perf_counter()
     print(f'\n{variant}: {model_summary(model)["parameters"]:,} parameters', flush=True)
-    learn = create_learner(model, digits_dls(recipe.batch_size, seed=recipe.seed, size=recipe.input_size), recipe)
+    learn = create_learner(model, recipe_dls(recipe), recipe)
     learn.fit()
     rows = [dict(variant=variant, **row) for row in learn.history]
     summary = dict(variant=variant, **model_summary(model), accuracy=rows[-1]['accuracy'], seconds=round(time.perf_counter() - start, 1))
