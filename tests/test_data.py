@@ -21,6 +21,7 @@ from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from timm.models.vision_transformer import VisionTransformer
 
+import vitdynconv.data
 from vitdynconv.data import (
     TensorLoader, cluttered_digits_dls, devkit_labels, digits_dls, image_transforms, imagenet_dls, own_device, preflight, write_imagefolder)
 from vitdynconv.recipes import RECIPES
@@ -47,6 +48,20 @@ def same(a, b):
 
 def states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_one_address_for_data():
+    "Three notebooks, one place to import from; the two before know nothing of the third."
+    for module in (vitdynconv.digits, vitdynconv.images):
+        for name in module.__all__: assert getattr(vitdynconv.data, name) is getattr(module, name)
+        assert 'vitdynconv.data' not in Path(module.__file__).read_text()
+
+
+def test_vocab_and_items_are_documented(tree):
+    dls = tree_dls(tree)
+    for loader in (digits_dls().train, dls.train):
+        assert list(loader.vocab) == [str(i) for i in range(10)] and loader.items == list(range(len(loader.dataset)))
+        for name in ('vocab', 'items'): assert getattr(type(loader), name).__doc__
 
 
 # --- the sequence of draws

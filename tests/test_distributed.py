@@ -1,9 +1,11 @@
 "Several processes: the same training as one, every image once, and an end with an error when one of them dies."
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,38 @@ def test_validation_counts_each_image_once(tree, tmp_path):
     assert one['images'] == three['images'] == 20
     assert (three['top1'], three['top5']) == (one['top1'], one['top5'])
     assert three['loss'] == pytest.approx(one['loss'], rel=1e-5)
+
+
+@pytest.fixture
+def shards(tree, tmp_path):
+    "Four WebDataset shards a split."
+    pytest.importorskip('webdataset', reason='reading shards needs the webdataset package')
+    splits = {}
+    for split in ('train', 'validation'):
+        files = sorted((tree/split).glob('*/*'), key=lambda file: (file.name, file.parent.name))
+        for shard in range(4):
+            with tarfile.open(tmp_path/f'{split}-{shard}.tar', 'w') as tar:
+                for i, file in enumerate(files[shard::4]):
+                    label = tarfile.TarInfo(f'{i:04}.cls')
+                    label.size = 1
+                    tar.add(file, f'{i:04}.jpg')
+                    tar.addfile(label, io.BytesIO(file.parent.name[-1:].encode()))
+        splits[split] = dict(name=split, num_samples=len(files), filenames=[f'{split}-{i}.tar' for i in range(4)], shard_lengths=[len(files[i::4]) for i in range(4)])
+    (tmp_path/'_info.json').write_text(json.dumps(dict(splits=splits)))
+    return tmp_path
+
+
+def test_two_processes_train_from_streaming_shards_and_resume(shards):
+    TINY.replace(repeated_aug=0, workers=1, ema=False).save(shards/'recipe.json')
+    code, out, errors = run(shards, '--data', shards, '--reader', 'wds', '--recipe', 'recipe.json', '--out', 'RUN', processes=2)
+    assert code == 0 and '96 training images, 20 held-out images, 4 classes' in out, errors
+    rows = rows_of(shards/'RUN')
+    assert [row['skipped_images'] for row in rows] == ['0', '0'] and out.count('finished') == 1, 'one process speaks'
+    vdc_eval(checkpoint=str(shards/'RUN/model.safetensors'), data=str(shards), reader='wds', json=str(shards/'one.json'))
+    (one,) = json.loads((shards/'one.json').read_text())
+    assert one['images'] == 20 and one['top1'] == pytest.approx(float(rows[-1]['accuracy'])) and one['loss'] == pytest.approx(float(rows[-1]['valid_loss']), rel=1e-4)
+    code, out, errors = run(shards, '--resume', 'RUN', processes=2)
+    assert code == 0 and 'going on after epoch 2 of 2' in out, errors
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastai.basics import Callback, CancelStepException, load_learner
 from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.progress import ProgressCallback
 from fastai.interpret import ClassificationInterpretation, Interpretation
 import fastai.vision.learner  # teaches Interpretation to draw images
 from fastai.metrics import F1Score
@@ -145,6 +146,72 @@ def test_decay_groups_of_the_papers_models(name):
     assert all(n.endswith('.weight') and 'norm' not in n and '.act.' not in n for n in decaying)
     assert any('relative_position_bias_table' in n for n in resting) and any('.act.weight' in n for n in resting)
     assert resting | decaying == set(names.values()) and not resting & decaying
+
+
+def test_decay_pulls_matrices_and_nothing_else():
+    "Without a gradient, AdamW's step is the decay alone."
+    learn = digits_learner(weight_decay=0.5, lr=0.1)
+    learn.create_opt()
+    before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
+    for p in learn.model.parameters(): p.grad = torch.zeros_like(p)
+    learn.opt.step()
+    for name, p in learn.model.named_parameters():
+        matrix = p.ndim > 1 and name not in ('cls_token', 'pos_embed')
+        assert_equal(p.detach(), before[name] * (1 - 0.1 * 0.5) if matrix else before[name], 1e-7)
+
+
+class Events(Callback):
+    "Listens to everything."
+    order = 1
+    def before_fit(self): self.heard = []
+    def __call__(self, event_name):
+        if hasattr(self, 'heard'): self.heard.append(event_name)
+        return super().__call__(event_name)
+for _event in ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch', 'after_epoch'):
+    setattr(Events, _event, lambda self: None)
+
+
+def test_every_event_reaches_a_callback_in_fastais_order():
+    learn = digits_learner(Events())
+    learn.fit()
+    step = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch']
+    steps, shown = len(learn.dls.train), ['before_batch', 'after_pred', 'after_loss', 'after_batch']
+    assert learn.events.heard == step * steps + shown * len(learn.dls.valid) + ['after_epoch', 'after_fit']
+
+
+def test_a_callback_may_come_and_go_in_the_middle_of_an_epoch():
+    class Guest(Callback):
+        steps = 0
+        def after_step(self): self.steps += 1
+    class Host(Callback):
+        guest = Guest()
+        def before_batch(self):
+            if self.training and self.iter == 3: self.learn.add_cb(self.guest)
+            if self.training and self.iter == 8: self.learn.remove_cb(self.guest)
+    learn = digits_learner(Host(), label_smoothing=0.1)
+    learn.fit()
+    assert Host.guest.steps == 5 and Host.guest not in learn.cbs
+
+
+def test_a_callback_that_switches_itself_off_is_on_again_in_the_next_fit():
+    class Once(Callback):
+        seen = 0
+        def after_step(self):
+            self.learn.once.seen += 1
+            self.run = False
+    learn = digits_learner(Once())
+    for _ in range(2): learn.fit(1)
+    assert learn.once.seen == 2
+
+
+def test_progress_of_fastai_and_smooth_loss_at_any_time():
+    class Look(Callback):
+        order, run_valid = 70, False
+        def before_fit(self): self.smooth = []
+        def after_batch(self): self.smooth.append(self.smooth_loss.item())
+    learn = digits_learner([Look(), ProgressCallback()])
+    learn.fit()
+    assert learn.look.smooth == pytest.approx(learn.recorder.losses, rel=1e-6) and len(learn.look.smooth) == len(learn.dls.train)
 
 
 def test_layer_decay_survives_every_scheduler():

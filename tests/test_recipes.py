@@ -74,6 +74,16 @@ def test_what_makes_no_sense_is_refused(words, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize('each', dataclasses.fields(Recipe), ids=lambda each: each.name)
+def test_every_field_can_be_set_by_words_and_is_checked(each):
+    recipe = RECIPES['digits'].replace(mixup_off_epoch=3)
+    value = getattr(recipe, each.name)
+    text = '' if value is None else json.dumps(value) if isinstance(value, dict) else str(value)
+    assert recipe.override(**{each.name: text}) == recipe
+    if each.type not in (str, 'str') or each.metadata['check']:
+        with pytest.raises(ValueError, match=each.name): recipe.override(**{each.name: 'nonsense'})
+
+
 def test_all_complaints_come_at_once():
     with pytest.raises(ValueError) as error: Recipe(epochs=0, lr=-1., amp='x')
     assert all(name in str(error.value) for name in ('epochs=0', 'lr=-1.0', "amp='x'"))

@@ -1,6 +1,7 @@
 "vdc_train and vdc_eval as a user has them: runs, resume after every kind of death, refusals, and Table 4 in effect on a tree of JPEG files."
 import csv
 import json
+import math
 import os
 import pickle
 import resource
@@ -28,7 +29,7 @@ from vitdynconv.logbook import wandb_writer
 from vitdynconv.recipes import RECIPES, Recipe
 from vitdynconv.train import choose_recipe, recipe_dls, recipe_model, run_learner, vdc_train, weights_images
 
-HARD = ['--epochs', '3', '--batch_size', '128', '--lr', '8e-3',   # all that makes exactness hard, on a few steps
+HARD = ['--epochs', '5', '--batch_size', '128', '--lr', '8e-3',   # all that makes exactness hard, on a few steps
         '--set', 'lr_batch_size=128 warmup_epochs=0.5 drop_path=0.1 ema=yes ema_decay=0.9 mixup=0.8 cutmix=1.0 grad_accum=2']
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
 
@@ -37,7 +38,8 @@ def start(folder, *arguments, processes=1, **options):
     "A `vdc_train` of its own, or several under torchrun."
     launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
     return subprocess.Popen([sys.executable, '-u', '-W', 'ignore', *launcher, '-m', 'vitdynconv.train', *map(str, arguments)], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'), **options)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'),
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)  # a shell's background job would never hear Ctrl-C
 
 
 def run(folder, *arguments, **options):
@@ -161,12 +163,12 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
     process.send_signal(signal.SIGINT)                         # Ctrl-C
     _, errors = process.communicate()
     assert process.returncode == 130 and errors.count('\n') == 1 and 'vdc_train --resume killed' in errors, errors
-    assert load_checkpoint(tmp_path/'killed/last.ckpt')['epoch'] in (1, 2)
+    assert load_checkpoint(tmp_path/'killed/last.ckpt')['epoch'] in range(1, 5)
     code, out, errors = run(tmp_path, '--resume', 'killed')
     assert code == 0 and straight.wait() == 0, errors
     assert same_bytes(tmp_path/'straight', tmp_path/'killed', 'model.safetensors', 'model_ema.safetensors')
     a, b = [[(row['train_loss'], row['valid_loss'], row['ema_accuracy']) for row in rows_of(tmp_path/name)] for name in ('straight', 'killed')]
-    assert a == b and len(a) == 3
+    assert a == b and len(a) == 5
 
 
 @pytest.fixture
@@ -194,7 +196,36 @@ def test_a_folder_that_went_away_stops_the_run(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
     words = said(capsys, 1, vdc_train, out=str(tmp_path/'RUN'), epochs='2', lr='1e30')
     assert 'loss is nan at step' in words and 'learning rate' in words and f'vdc_train --resume {tmp_path/"RUN"}' in words
+    assert f'last good checkpoint: {tmp_path/"RUN/last.ckpt"} of epoch 0' in words
     assert all(bool(t.isfinite().all()) for t in load_checkpoint(tmp_path/'RUN/last.ckpt')['model'].values())
+
+
+class Infinite(Callback):
+    "A loss that overflows in the third step of the second epoch."
+    run_valid = False
+    def after_loss(self):
+        if (self.epoch, self.iter) == (1, 2): self.learn.loss_grad = self.learn.loss = self.learn.loss_grad + math.inf
+
+
+def test_an_infinite_loss_stops_the_run_at_its_step(tmp_path):
+    learn, _ = run_learner(RECIPES['digits'].replace(epochs=2, batch_size=128), tmp_path/'RUN', dict(data='', reader=''), log_every=5)
+    learn.add_cb(Infinite())
+    steps = len(learn.dls.train)
+    with pytest.raises(RunStopped, match=f'the loss is inf at step {steps + 3} .epoch 2., learning rate .*RUN/last.ckpt of epoch 1'): learn.fit()
+
+
+class Pictures(Callback):
+    "The files that are there after each epoch."
+    order = 99
+    def before_fit(self): self.seen = []
+    def after_epoch(self): self.seen.append(tuple((self.path/name).read_bytes() for name in ('curves.png', 'history.csv', 'last.ckpt')))
+
+
+def test_curves_history_and_checkpoint_are_there_after_each_epoch(tmp_path):
+    learn, _ = run_learner(RECIPES['digits'].replace(epochs=3, batch_size=256), tmp_path/'RUN', dict(data='', reader=''))
+    learn.add_cb(Pictures())
+    learn.fit()
+    assert [len(set(files)) for files in zip(*learn.pictures.seen)] == [3, 3, 3]
 
 
 @pytest.fixture
@@ -440,6 +471,23 @@ def test_a_tree_trained_by_the_command_and_evaluated(tree, tmp_path, capsys):
     vdc_eval(checkpoint=str(tmp_path/'RUN/last.ckpt'), weights='ema', json=str(tmp_path/'r.json'))
     (row,) = json.loads((tmp_path/'r.json').read_text())
     assert row['images'] == 20 and row['top1'] == pytest.approx(float(rows_of(tmp_path/'RUN')[-1]['ema_accuracy']))
+
+
+def test_a_swin_trained_by_the_command(tree, tmp_path):
+    body = json.dumps(dict(patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4), separators=(',', ':'))
+    vdc_train(data=str(tree), recipe='swin_t', activation='ln_relu', out=str(tmp_path/'RUN'), epochs='1', warmup_epochs='0.5', batch_size='32', workers='0',
+              set=f"num_classes=4 input_size=32 'model_args={body}'")
+    recipe, tensors, _ = read_weights(tmp_path/'RUN/model.safetensors')
+    assert (recipe.name, recipe.drop_path, recipe.activation) == ('swin_t', 0.2, 'ln_relu')
+    assert any(name.endswith('relative_position_bias_table') for name in tensors) and any('.act.' in name for name in tensors)
+
+
+def test_dropout_is_in_effect():
+    x = torch.randn(8, 3, 32, 32)
+    for drop in (0., 0.3):
+        model = recipe_model(TINY.replace(drop=drop, drop_path=0.)).train()
+        torch.nn.init.normal_(model.head.weight)
+        assert torch.equal(model(x), model(x)) == (drop == 0)
 
 
 def test_images_are_prepared_as_pretrained_weights_expect(tree, tmp_path):

@@ -103,12 +103,16 @@ class RunStopped(Exception):
         super().__init__(reason)
         self.reason = reason
 
-# %% ../nbs/22a_checkpoint.ipynb #f2b6533c
+# %% ../nbs/22a_checkpoint.ipynb #d3edfd29
 class Checkpoints(Callback):
     "`last.ckpt` before the first step and after each epoch, and the `k` best."
     order, saved = 75, None
     def __init__(self, folder, k=3, run=None): self.folder, self.k, self.run_args = Path(folder), k, run
-    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder')
+        self.saved = self.learn.first_epoch or None                     # a resumed run has one
+    @property
+    def last_good(self): return 'none was written yet' if self.saved is None else f'{self.folder/"last.ckpt"} of epoch {self.saved}'
     def before_train(self):
         if self.epoch == 0: self.save(0)
     def after_epoch(self):
@@ -120,8 +124,7 @@ class Checkpoints(Callback):
             with replacing(self.folder/'last.ckpt') as file: torch.save(state, file)
             keep_best(self.folder, self.learn.history, self.k)
         except (OSError, RuntimeError) as error:
-            kept = 'none was written yet' if self.saved is None else f'{self.folder/"last.ckpt"} of epoch {self.saved}'
-            raise RunStopped(f'cannot write the checkpoint of epoch {epoch} ({error}); last good checkpoint: {kept}') from error
+            raise RunStopped(f'cannot write the checkpoint of epoch {epoch} ({error}); last good checkpoint: {self.last_good}') from error
         self.saved = epoch
 
 # %% ../nbs/22a_checkpoint.ipynb #ff33b778

@@ -333,7 +333,7 @@ class SetEpoch(Callback):
         for part in (loader, getattr(loader, 'sampler', None), getattr(loader, 'dataset', None)):
             if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
 
-# %% ../nbs/22_learner.ipynb #85f7cb99
+# %% ../nbs/22_learner.ipynb #d9a5806d
 class RecipeLearner(Learner):
     "A fastai `Learner` that follows a recipe, is seeded by it, and can start at a saved epoch."
     recipe, history, first_epoch, peak_lr = None, (), 0, None
@@ -347,36 +347,40 @@ class RecipeLearner(Learner):
             set_seed(self.recipe.seed + rank_distrib())
         super().fit(self.recipe.epochs if n_epoch is None else n_epoch, lr=lr, cbs=cbs, reset_opt=reset_opt)
 
+    @property
+    def smooth_loss(self): return tensor(self.recorder.losses[-1])
+
     def _do_fit(self):
         self.train_iter = self.first_epoch * len(self.dls.train)
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
-    @property
-    def smooth_loss(self): return tensor(self.recorder.losses[-1])
+# %% ../nbs/22_learner.ipynb #1bdc24c9
+@patch
+def all_batches(self: RecipeLearner):
+    self.n_iter, self.waited, self.images, self.listeners = len(self.dl), 0., 0, {}
+    try:
+        for i, batch in enumerate(self.waiting(self.dl)):
+            self.images += len(batch[0])
+            self.one_batch(i, batch)
+    finally: self.listeners = None
 
-    def all_batches(self):
-        self.n_iter, self.waited, self.images, self.listeners = len(self.dl), 0., 0, {}
-        try:
-            for i, batch in enumerate(self.waiting(self.dl)):
-                self.images += len(batch[0])
-                self.one_batch(i, batch)
-        finally: self.listeners = None
+@patch
+def waiting(self: RecipeLearner, loader):
+    "The batches of `loader`; `waited` adds up the seconds until each came."
+    batches = iter(loader)
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - start
+        if batch is None: return
+        yield batch
 
-    def _set_device(self, b):
-        device = next(self.model.parameters()).device
-        return b if all(getattr(part, 'device', None) == device for part in b) else super()._set_device(b)
-
-    def waiting(self, loader):
-        "The batches of `loader`; `waited` adds up the seconds until each came."
-        batches = iter(loader)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None: return
-            yield batch
+@patch
+def _set_device(self: RecipeLearner, b):
+    device = next(self.model.parameters()).device
+    return b if all(getattr(part, 'device', None) == device for part in b) else Learner._set_device(self, b)
 
 # %% ../nbs/22_learner.ipynb #3bbe634b
 @patch

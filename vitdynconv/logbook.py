@@ -55,7 +55,7 @@ class StepLog(Callback):
     def after_epoch(self):
         if self.recorder.train_loss.count and self.learn.history: self.learn.history[-1].update(self.last)
 
-# %% ../nbs/22b_logbook.ipynb #9506c6e9
+# %% ../nbs/22b_logbook.ipynb #22f56d96
 class FiniteLoss(Callback):
     "Stops the run when a loss is NaN or infinite, naming the step and its learning rate."
     order, run_valid = Recorder.order + 6, False
@@ -72,8 +72,9 @@ class FiniteLoss(Callback):
         bad = (~losses.isfinite()).nonzero()
         if not len(bad): return
         before = len(losses) - int(bad[0])                               # steps ago, counted from 1
+        saved = f'; last good checkpoint: {self.checkpoints.last_good}' if hasattr(self.learn, 'checkpoints') else ''
         raise RunStopped(f'the loss is {float(losses[int(bad[0])])} at step {self.train_iter - before + 1} (epoch {self.epoch + 1}), '
-                         f'learning rate {self.recorder.lrs[-before]:.3g}')
+                         f'learning rate {self.recorder.lrs[-before]:.3g}{saved}')
 
 # %% ../nbs/22b_logbook.ipynb #56ae4ac1
 def plot_curves(

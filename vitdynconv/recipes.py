@@ -124,7 +124,7 @@ class Machine:
     compile: bool = setting(False, 'torch.compile', OURS)
     keep_best: int = setting(3, 'checkpoints kept besides the last', OURS, between(0))
 
-# %% ../nbs/21_recipes.ipynb #a595a979
+# %% ../nbs/21_recipes.ipynb #9712d876
 def accepts(
     kind,   # a field's annotation, such as `float | None`
     value,
@@ -142,7 +142,7 @@ def complaint(recipe, each) -> str:
     name = ' or '.join(part.__name__.replace('NoneType', 'None') for part in typing.get_args(kind) or (kind,))
     return f'{each.name}={value!r} is not valid: give {name}' + (f', {check.words}' if check else '')
 
-
+# %% ../nbs/21_recipes.ipynb #8ad91bca
 ELSEWHERE = dict(img_size='input_size', drop_rate='drop', drop_path_rate='drop_path') | {
     name: name for name in ('activation', 'kernel', 'pos', 'class_token', 'num_classes', 'pretrained')}  # argument of a model -> field that decides it
 
@@ -160,7 +160,7 @@ def contradictions(recipe) -> list:  # of sentences
         if name in ELSEWHERE: wrong.append(f'model_args holds {name!r}: set the field {ELSEWHERE[name]} of the recipe, which data and model share')
     return wrong
 
-
+# %% ../nbs/21_recipes.ipynb #c1f2fafa
 @dataclass(frozen=True)
 class Recipe(Machine, Augmentation, Regularization, Schedule, ModelSettings):
     "Everything that decides a training run (Table 4 and what it leaves open). Making one checks it."

@@ -116,7 +116,7 @@ def read_run(
     if other: raise CheckpointError(f'{folder/"last.ckpt"} belongs to a run with another {", ".join(other)} than recipe.json')
     return recipe, run, checkpoint
 
-# %% ../nbs/23_train.ipynb #bb4b60aa
+# %% ../nbs/23_train.ipynb #3fdcadbd
 def headline(
     learn,  # about to fit
     found,  # what `preflight` says about the data
@@ -125,7 +125,7 @@ def headline(
     "What is about to be trained, in three lines."
     recipe, count, world = learn.recipe, sum(p.numel() for p in learn.model.parameters()), max(num_distrib(), 1)
     batch = f'batch {recipe.batch_size}' + f' = {world} processes' * (world > 1) + f' in {recipe.grad_accum} parts' * (recipe.grad_accum > 1)
-    epochs = f'going on after epoch {start} of {recipe.epochs}' if start else f'{recipe.epochs} epochs'
+    epochs = f'going on after epoch {start} of {recipe.epochs}' if start else f'{recipe.epochs} epoch' + 's' * (recipe.epochs > 1)
     return (f'recipe {recipe.name}: {recipe.model}, activation {recipe.activation}, kernel {recipe.kernel}, {count / 1e6:.2f} M parameters\n'
             f'{found}\n{batch}, {len(learn.dls.train) // recipe.grad_accum} steps an epoch, on {learn.dls.device.type}, {epochs}')
 
