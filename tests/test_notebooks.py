@@ -20,8 +20,8 @@ def cells(path, kind):
 
 
 def prose(path):
-    "All text of a notebook, without code."
-    text = "\n\n".join(source for _, _, source in cells(path, "markdown"))
+    "All text of a notebook or of a Markdown file, without code."
+    text = "\n\n".join(source for _, _, source in cells(path, "markdown")) if path.suffix == ".ipynb" else path.read_text()
     return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
 
 
@@ -29,6 +29,26 @@ def text_of(output):
     "What a reader sees of an output in words."
     parts = [output.get("text", "")] + [v for kind, v in output.get("data", {}).items() if kind.startswith("text/")]
     return "\n".join("".join(part) for part in parts)
+
+
+# The shape of a page
+
+@notebooks
+def test_first_text_is_a_title_and_one_line(path):
+    "nbdev takes this cell away to make the page's head, and would take any other text in it along."
+    first = cells(path, "markdown")[0][2]
+    assert re.fullmatch(r"# [^\n]+\n+> [^\n]+", first.strip())
+
+
+@notebooks
+def test_imports_stand_alone(path):
+    "Building the site runs every cell that has an import, the whole cell: beside imports, only settings."
+    for _, _, source in cells(path, "code"):
+        code = "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
+        body = ast.parse(code).body
+        rest = [ast.unparse(node) for node in body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+        settings = ("os.environ", "warnings.", "plt.rc", "mpl.", "matplotlib.", "torch.set_", "torch.manual_seed")
+        if len(rest) < len(body): assert all(line.startswith(settings) for line in rest), source
 
 
 # Links
@@ -41,8 +61,8 @@ def slug(heading):
 
 
 def anchors(path):
-    "The anchors of a notebook; a heading that occurs again gets a number."
-    found, text = [], "\n".join(source for _, _, source in cells(path, "markdown"))
+    "The anchors of a notebook or of a Markdown file; a heading that occurs again gets a number."
+    found, text = [], "\n".join(source for _, _, source in cells(path, "markdown")) if path.suffix == ".ipynb" else path.read_text()
     for heading in re.findall(r"^#{1,6} +(.+?) *$", re.sub(r"```.*?```", "", text, flags=re.S), re.M):
         given = re.search(r"\{#([\w-]+)\}$", heading)
         name = given[1] if given else slug(heading)
@@ -56,14 +76,38 @@ def test_anchors_are_made_as_pandoc_makes_them():
     assert slug("*Dogs*?--in *my* house?") == "dogs--in-my-house" and slug("33") == "section"
 
 
-@notebooks
-def test_every_link_leads_somewhere(path):
-    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose(path)):
+def follow(text, path):
+    "Every link in a text has a file, and every anchor a heading."
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
         target, _, anchor = "".join(link).partition("#")
         if re.match(r"[a-z]+:", target): continue
         file = (path.parent/target).resolve() if target else path
         assert file.is_file(), f"{target}: there is no such file"
-        if anchor: assert file.suffix == ".ipynb" and anchor in anchors(file), f"{target} has no heading #{anchor}"
+        if anchor: assert anchor in anchors(file), f"{target} has no heading #{anchor}"
+
+
+@notebooks
+def test_every_link_leads_somewhere(path): follow(prose(path), path)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_link_of_a_text_leads_somewhere(name): follow(prose(ROOT/name), ROOT/name)
+
+
+@notebooks
+def test_links_to_the_repository_lead_somewhere(path):
+    "Pages of the site link to files that are not on it by their address."
+    for file in re.findall(r"github\.com/vitdynconv/vitdynconv/blob/main/([^)\s#]+)", prose(path)): assert (ROOT/file).is_file(), file
+
+
+def test_each_page_leads_to_the_next():
+    "Read in the order of the sidebar, nobody has to look for the next page."
+    flat = lambda entries: [name for e in entries for name in ([e] if isinstance(e, str) else flat(e["contents"]))]
+    pages, silent = flat(yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]["sidebar"]["contents"]), []
+    for here, there in zip(pages, pages[1:]):
+        links = {(NBS/here).parent.joinpath(link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)\s]+)\)", prose(NBS/here))}
+        if (NBS/there).resolve() not in links: silent.append(f"{here} does not link to {there}")
+    assert not silent, "\n".join(silent)
 
 
 # Outputs

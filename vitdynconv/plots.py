@@ -82,7 +82,7 @@ class Sheet(Figure):
             head = '-|>' if b is points[-1] else '-'
             self.base.annotate('', b, a, arrowprops=dict(arrowstyle=head, color=INK, lw=1, shrinkA=0, shrinkB=0, mutation_scale=9))
 
-# %% ../nbs/13_plots.ipynb #0a650b87
+# %% ../nbs/13_plots.ipynb #f72e1249
 def limit(
     values: Tensor, # any shape
 ) -> float:         # above zero
@@ -104,7 +104,7 @@ def place(
     w, h = sheet.get_size_inches()
     ax = sheet.add_axes((x / w, 1 - (y + height) / h, width / w, height / h), label=name)
     values, lim = values.detach().cpu(), lim or limit(values.detach())
-    ax.imshow(values, cmap=SCALE, vmin=-lim, vmax=lim, aspect='auto', interpolation='nearest')
+    ax.imshow(values.numpy(), cmap=SCALE, vmin=-lim, vmax=lim, aspect='auto', interpolation='nearest')
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set(color=INK, linewidth=.8)
     if title: sheet.words(x + width / 2, y - .14, title)
