@@ -248,10 +248,10 @@ class SoftmaxPlusOne(Softmax):
         scores = self.scores(logits, bias, mask)
         return F.pad(scores, (0, 1)).softmax(-1)[..., :-1]
 
-# %% ../nbs/02_activations.ipynb #8673a0e5
+# %% ../nbs/02_activations.ipynb #8f580fb7
 @register('sparsemax')
 class Sparsemax(Softmax):
-    "The point of the simplex nearest to the scores: rows sum to one and most weights are exactly zero (arXiv 1602.02068)."
+    "Of all weights that are at least 0 and sum to 1 (the simplex), those nearest to the scores; most are exactly zero (arXiv 1602.02068)."
     normalization = nonlinearity = 'Sparsemax'
 
     def forward(self, logits, bias=None, mask=None):
