@@ -126,6 +126,10 @@ def test_two_processes_train_from_streaming_shards_and_resume(shards):
     assert one['images'] == 20 and one['top1'] == pytest.approx(float(rows[-1]['accuracy'])) and one['loss'] == pytest.approx(float(rows[-1]['valid_loss']), rel=1e-4)
     code, out, errors = run(shards, '--resume', 'RUN', processes=2)
     assert code == 0 and 'going on after epoch 2 of 2' in out, errors
+    subprocess.run([sys.executable, '-W', 'ignore', *TORCHRUN, '2', '-m', 'vitdynconv.evaluate', '--checkpoint', 'RUN/last.ckpt', '--json', 'two.json'],
+                   cwd=shards, check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    (two,) = json.loads((shards/'two.json').read_text())
+    assert (two['images'], two['top1']) == (one['images'], one['top1']), 'two processes count all images, each once'
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():

@@ -126,7 +126,7 @@ def image_problems(name: str, data: ImageSet, least=1) -> list:
         return [f'{data.filename(index)} in the {name} split has label {label}, but there are {len(data.vocab)} classes']
     return [f'none of the first ten images of the {name} split can be read, {data.filename(0)} for one']
 
-# %% ../nbs/20_data.ipynb #a2a49d7d
+# %% ../nbs/20_data.ipynb #9c17c857
 def complain(problems: list, root=''):
     "Raise one error that names every problem, if there is one."
     if problems: raise ValueError(f'{root}: ' * bool(root) + '; '.join(map(str, problems)))
@@ -147,7 +147,8 @@ def preflight(
         if isinstance(loader.dataset, ImageSet): problems += image_problems(name, loader.dataset, step)
         elif not len(loader): problems.append(f'the {name} split does not fill one step of {step}: lower batch_size')
     complain(problems)
-    return f'{len(train):,} training images, {len(valid):,} held-out images, {len(dls.vocab)} classes'
+    counts = [getattr(data, 'total', None) or len(data) for data in (train, valid)]  # a stream knows its own share and the total
+    return f'{counts[0]:,} training images, {counts[1]:,} held-out images, {len(dls.vocab)} classes'
 
 # %% ../nbs/20_data.ipynb #0264d1b0
 STREAMS = ('wds', 'hfids', 'tfds')
@@ -163,14 +164,14 @@ class SkipCounter(logging.Filter):
         self.counts[self.worker] += 'webdataset error' in record.msg
         return True
 
-# %% ../nbs/20_data.ipynb #48cb0de7
+# %% ../nbs/20_data.ipynb #d7be19ce
 class ImageStream(IterableDataset):
     "Images of `source`, timm's streaming data set, under the class names `vocab`; `transform` augments with random numbers of (seed, epoch, rank, worker, count)."
     labelled = True
 
-    def __init__(self, source, transform, vocab, seed=0, rank=0, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
+    def __init__(self, source, transform, vocab, seed=0, rank=0, total=None, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
         self.source, self.transform, self.vocab, self.mean, self.std = source, transform, vocab, mean, std
-        self.seed, self.rank, self.epoch = seed, rank, 0
+        self.seed, self.rank, self.epoch, self.total = seed, rank, 0, total or len(source)  # total: images of all processes
         self.skipped = torch.zeros(1024, dtype=torch.long).share_memory_()  # one counter a worker
 
     def __len__(self): return len(self.source)
@@ -192,7 +193,7 @@ class ImageStream(IterableDataset):
                 yield sample
         finally: log.removeFilter(counter)
 
-# %% ../nbs/20_data.ipynb #b650f1b8
+# %% ../nbs/20_data.ipynb #bc08b436
 class StreamLoader(ImageLoader):
     "Batches of a stream; the reader gives each process its share."
     def __init__(self, dataset, num_workers=1, **settings):
@@ -201,6 +202,8 @@ class StreamLoader(ImageLoader):
 
     @property
     def n(self): return len(self.dataset)
+    @property
+    def total(self): return self.dataset.total
     @property
     def skipped(self) -> list: return ['in a shard'] * int(self.dataset.skipped.sum())
     def keys(self): return ((self.seed, self.epoch, self.rank, count, 1) for count in range(2**62))
@@ -226,7 +229,7 @@ def share_stream(source, training, rank, world):
     reader.num_samples = sum(info.shard_lengths) or reader.num_samples // world
     return len(shards)
 
-# %% ../nbs/20_data.ipynb #78c8c60b
+# %% ../nbs/20_data.ipynb #d23b8dc0
 def stream_problems(name: str, source, num_classes: int) -> list:
     "What is wrong with `source`, one split of a stream: nothing in it, nothing readable, a label out of range."
     reader = copy(source.reader)  # the original must start in the workers, knowing nothing of this
@@ -242,12 +245,13 @@ def _stream_dls(root, train, valid, settings, places, common) -> DataLoaders:
     vocab, problems = class_names(train) or [str(i) for i in range(settings['num_classes'] or 0)], []
     if not vocab: problems.append('a stream does not tell its classes: set num_classes')
     if settings['repeated_aug'] > 1: problems.append('a stream cannot repeat images in a row: set repeated_aug=0, or use a reader with random access')
+    totals = [source.reader.num_samples for source in (train, valid)]
     shards = [share_stream(source, training, rank, world) for source, training in ((train, True), (valid, False))]
     if 0 < shards[0] < world: problems.append(f'{shards[0]} training shards cannot be shared by {world} processes: write more shards')
     for name, source in (('training', train), ('validation', valid)): problems += stream_problems(name, source, len(vocab)) if vocab else []
     complain(problems, root)
     stats = dict(vocab=vocab, seed=settings['seed'], rank=rank, mean=settings['mean'], std=settings['std'])
-    sets = [ImageStream(source, transform, **stats) for source, transform in zip((train, valid), image_transforms(settings))]
+    sets = [ImageStream(source, transform, total=total, **stats) for source, transform, total in zip((train, valid), image_transforms(settings), totals)]
     fit = [min(workers, max(1, count // world)) if count else workers for count in shards]
     common = dict(common, input_size=settings['input_size'])
     return DataLoaders(

@@ -47,7 +47,7 @@ def stored_recipe(
     try: return Recipe(**fields)
     except (TypeError, ValueError) as error: raise CheckpointError(f'{path} holds a recipe that this version cannot read: {error}') from error
 
-# %% ../nbs/23a_evaluate.ipynb #09da7d8f
+# %% ../nbs/23a_evaluate.ipynb #555d35cd
 def evaluate(
     model,    # with its weights
     dls,      # `DataLoaders`; the second loader is run through
@@ -58,7 +58,7 @@ def evaluate(
     start = time.perf_counter()
     loss, top1, among5 = learn.validate()
     seconds = time.perf_counter() - start
-    images = len(dls.valid.dataset)
+    images = getattr(dls.valid, 'total', len(dls.valid.dataset))
     return dict(top1=top1, top5=among5, loss=loss, images=images, images_per_second=round(images / seconds, 1))
 
 # %% ../nbs/23a_evaluate.ipynb #d354002c
