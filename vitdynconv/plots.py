@@ -7,7 +7,7 @@ __all__ = ['SCALE', 'INK', 'FILL', 'WORD', 'TABLE2', 'COLOURS', 'DASHES', 'MARKE
            'photograph', 'PhotoMixer', 'Steps', 'steps', 'stack', 'draw_block', 'mark', 'draw_pair', 'draw_merge',
            'View', 'view_attention', 'view_linformer', 'view_dynamic_conv', 'view_dynamic_depthwise', 'draw_systems',
            'draw_channels', 'draw_selection', 'draw_position', 'Seen', 'see', 'draw_choices', 'explore', 'Band', 'band',
-           'draw_curves', 'draw_convergence', 'draw_icon', 'draw_card']
+           'inked', 'draw_curves', 'draw_convergence', 'draw_icon', 'draw_card']
 
 # %% ../nbs/13_plots.ipynb #70c140f1
 import csv
@@ -535,7 +535,24 @@ def band(
     epochs = [[v for v in values if v is not None] for values in itertools.zip_longest(*runs)]
     return Band(*([f(values) if values else None for values in epochs] for f in (statistics.fmean, min, max)))
 
-# %% ../nbs/13_plots.ipynb #cb50fc56
+# %% ../nbs/13_plots.ipynb #1ccd0b23
+def inked(
+    width: float,     # inches
+    height: float,    # inches
+    columns: int = 1, # axes side by side
+    **options,        # of matplotlib's `subplots`
+) -> tuple:           # the sheet, its axes
+    "Axes in ink on a transparent ground, for curves and bars."
+    sheet = Sheet(width, height)
+    sheet.delaxes(sheet.base); sheet.set_layout_engine('constrained')
+    axes = sheet.subplots(1, columns, squeeze=False, **options)[0]
+    for ax in axes:
+        ax.set_facecolor('none'); ax.tick_params(colors=INK)
+        ax.spines[:].set_color(INK); ax.spines[['top', 'right']].set_visible(False)
+        for words in ax.title, ax.xaxis.label, ax.yaxis.label: words.set_color(INK)
+    return sheet, axes
+
+# %% ../nbs/13_plots.ipynb #f23846c2
 def draw_curves(
     panels: dict,    # title -> {label: values, one an epoch, None where there is none; or a `Band`}
     note: str = '',  # below the panels: whose runs these are
@@ -544,18 +561,16 @@ def draw_curves(
     "Curves against the epoch, side by side, told apart by dash and marker as well as colour: a label looks the same in every panel."
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     styles, known = dict(zip(labels, itertools.cycle(LINES))), {}
-    fig = Sheet(3.7 * len(panels) + .7 + .08 * max(map(len, labels), default=0), max(3, .6 + .21 * len(labels)))
-    fig.delaxes(fig.base); fig.set_layout_engine('constrained')
-    for ax, (title, lines) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    fig, axes = inked(3.7 * len(panels) + .7 + .08 * max(map(len, labels), default=0), max(3, .6 + .21 * len(labels)), len(panels))
+    for ax, (title, lines) in zip(axes, panels.items()):
         for label, line in lines.items():
             parts = line if isinstance(line, Band) else (line,)
             points = [p for p in zip(itertools.count(start), *parts) if None not in p]
             x, y, *around = zip(*points) if points else ((), ())
             known[label], = ax.plot(x, y, label=label, lw=1.4, ms=4, markevery=max(1, len(points) // 12), **styles[label])
             if around: ax.fill_between(x, *around, color=styles[label]['color'], alpha=.2, lw=0)
-        ax.set_title(title, color=INK); ax.set_xlabel('epoch', color=INK)
-        ax.set_facecolor('none'); ax.tick_params(colors=INK)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.spines[:].set_color(INK); ax.spines[['top', 'right']].set_visible(False)
+        ax.set_title(title); ax.set_xlabel('epoch')
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if known: fig.legend(known.values(), known, loc='outside right upper', frameon=False, fontsize=9, labelcolor=INK, handlelength=3.2)
     if note: fig.supxlabel(note, color=INK, fontsize=9)
     return fig
