@@ -98,12 +98,12 @@ def norm_macs(inputs, outputs, each: int = 5, weight: int = 2) -> int:
     "fvcore's estimate: 5 an element, one less without affine weights."
     return numel(inputs[0]) * max(0, each if get_shape(inputs[weight]) is not None else each - 1)
 
-# %% ../nbs/12_cost.ipynb #52421498
+# %% ../nbs/12_cost.ipynb #6c8e3d07
 def operators(layernorm: int = 5) -> dict:
     "Operator -> (multiply-adds, activations), two functions of its traced inputs and outputs."
     written = lambda inputs, outputs: numel(outputs[0])
     nothing = lambda inputs, outputs: 0
-    products = {name: 0 for name in 'linear matmul mm bmm mv dot'.split()} | {name: 1 for name in 'addmm baddbmm addmv'.split()}
+    products = {name: 0 for name in 'linear matmul mm bmm mv dot linalg_vecdot'.split()} | {name: 1 for name in 'addmm baddbmm addmv'.split()}
     norms = dict(layer_norm=2, group_norm=2, instance_norm=1)
     pooled = dict(adaptive_avg_pool2d=(1, 0), upsample_nearest2d=(0, 1), upsample_bilinear2d=(0, 4), upsample_bicubic2d=(0, 16), grid_sampler=(0, 4))
     rules = {name: (partial(product_macs, left=left), written) for name, left in products.items()}
