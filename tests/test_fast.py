@@ -65,6 +65,19 @@ def test_autocast(name):
     assert ((y - exact).norm() / exact.norm()).item() < 3e-2
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_autocast_in_training_windows(name, masked):
+    "Few logits are stored for the backward pass; position and parameters stay in float32."
+    q, k, v = [t.detach().requires_grad_() for t in bank(2, 2, 49, 32, torch.float32)]
+    act, position = random_activation(name, 49, 32), RelPosBias(7, 2)
+    mask = torch.rand(2, 1, 49, 49, generator=torch.Generator().manual_seed(2)) < .7 if masked else None
+    exact = attention(q, k, v, act, position, mask)
+    with torch.autocast("cpu", torch.bfloat16): y = dynamic_conv_attention(q, k, v, act, position, mask)
+    assert y.dtype == torch.bfloat16 and ((y - exact).norm() / exact.norm()).item() < 5e-2
+    for g in torch.autograd.grad(y.float().square().sum(), [q, k, v]): assert g.isfinite().all()
+
+
 def test_other_modules_are_evaluated_by_the_definition():
     class Mine(nn.Module):
         def forward(self, logits, bias=None, mask=None): return torch.tanh(logits) * logits.shape[-1] ** -.5
@@ -91,7 +104,7 @@ def test_wrong_shapes_are_refused():
 
 
 def test_second_derivatives_are_refused_not_wrong():
-    q, k, v = [t.requires_grad_() for t in bank(1, 2, 200, 8)]
+    q, k, v = [t.requires_grad_() for t in bank(1, 2, 300, 8)]
     for name in ("scaling_relu", "gelu"):
         g, = torch.autograd.grad(dynamic_conv_attention(q, k, v, name).square().sum(), q, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"): g.sum().backward()
