@@ -135,11 +135,12 @@ def core_rows(
         for n in LENGTHS:
             sides = core_sides(n, device, dtype, backward)
             if n > 3136 and backward: sides = {name: run for name, run in sides.items() if name not in ('softmax', 'matrix-product limit')}
-            with torch.set_grad_enabled(backward): taken = race(sides, device, seconds)
+            with torch.set_grad_enabled(backward): taken, held = race(sides, device, seconds), {name: peak_mb(run, device) for name, run in sides.items()}
             for name in sides:
                 goal = None if backward else 1.02 if name == 'softmax' else .9 if name.endswith('relu') else CORE_GOALS.get((name, n))
                 if name != 'softmax, fused':
-                    yield compare(taken, name, 'softmax, fused', suite='core', work=name + (', with gradients' if backward else ''), against='softmax, fused', size=f'N = {n}', goal=goal)
+                    work = name + (', with gradients' if backward else '')
+                    yield compare(taken, name, 'softmax, fused', suite='core', work=work, against='softmax, fused', size=f'N = {n}', goal=goal, memory_mb=held[name], reference_mb=held['softmax, fused'])
 
 # %% ../nbs/24_bench.ipynb #cd130c44
 def position_rows(
