@@ -153,11 +153,11 @@ def run_job(
     lines = pd.DataFrame(train_run(job.row, lr, job.seed, plan, job.held_out))
     with replacing(job.file(out)) as file: file.write(lines.to_csv(index=False).encode())
 
-# %% ../nbs/26_study.ipynb #10a46741
+# %% ../nbs/26_study.ipynb #71427fe3
 def ready(
     job: Job,
     plan: Plan,
-    out,
+    out,         # folder of the study
 ) -> bool:
     "Whether a job can start: the trials of its row are done."
     return job.held_out == 'tune' or all(Job(job.row, plan.tuning_seed, lr, 'tune').file(out).exists() for lr in plan.rates)
@@ -194,7 +194,10 @@ def run_jobs(
         for _, process in running.values(): process.terminate()
 
 
-def last_line(job: Job, out) -> str:
+def last_line(
+    job: Job,
+    out,       # folder of the study
+) -> str:      # for the log
     "What a finished run came to."
     last = pd.read_csv(job.file(out)).iloc[-1]
     return f'training loss {last.train_loss:.3f}, held-out accuracy {last.accuracy:.1%}'
