@@ -46,10 +46,10 @@ bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, m
 	@$(BIN)/vdc_bench --suite $(SUITE)
 
 study: $(READY) ## train every row of Table 2 at toy size, or go on with it (an hour or two); STUDY=quick for a taste
-	@$(BIN)/vdc_study --plan $(STUDY) --out $(if $(filter full,$(STUDY)),nbs/results/convergence,study-$(STUDY))
+	@$(BIN)/vdc_study --plan $(STUDY) --out study-$(STUDY)
 
 clean: ## remove what was built, the environment too
-	rm -rf .venv build dist demo study study-quick _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
+	rm -rf .venv build dist demo study-full study-quick _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
 
 $(READY): settings.ini setup.py constraints.txt .ci/venv
 	@PYTHON="$(PYTHON)" bash .ci/venv
