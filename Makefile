@@ -49,7 +49,7 @@ study: $(READY) ## train every row of Table 2 at toy size, or go on with it (an 
 	@$(BIN)/vdc_study --plan $(STUDY) --out study-$(STUDY)
 
 clean: ## remove what was built, the environment too
-	rm -rf .venv build dist demo study-full study-quick _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
+	rm -rf .venv build dist demo study-quick _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
 
 $(READY): settings.ini setup.py constraints.txt .ci/venv
 	@PYTHON="$(PYTHON)" bash .ci/venv
