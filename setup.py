@@ -9,11 +9,15 @@ config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 oldest = tuple(map(int, cfg["min_python"].split(".")))
 
+# where the package is listed, links into the repository have to be whole ones
+readme = Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else cfg["description"]
+readme = readme.replace("](nbs/images/", f"]({cfg['git_url']}/raw/{cfg['branch']}/nbs/images/").replace("](nbs/", f"]({cfg['git_url']}/blob/{cfg['branch']}/nbs/")
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else cfg["description"],
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],

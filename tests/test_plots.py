@@ -70,9 +70,9 @@ def test_the_legend_stands_beside_the_panels(lines, panels):
     assert min(a.width for a in axes) > 200
 
 
-def test_thirteen_lines_differ_without_colour_and_keep_their_looks():
+def test_thirty_lines_differ_without_colour_and_keep_their_looks():
     looks = {(style["marker"], str(style["ls"])) for style in LINES}
-    assert len(LINES) >= 13 and len({style["marker"] for style in LINES}) == len(looks) == len(LINES)
+    assert len(looks) == len(LINES) == 30 and len({style["marker"] for style in LINES[:13]}) == 13
     figure = draw_curves({"loss": {"a": [1, 2], "b": [2, 3]}, "accuracy": {"b": [3, 4], "c": [4, 5]}})
     look = lambda line: (line.get_label(), line.get_marker(), line.get_color())
     assert look(figure.axes[0].lines[1]) == look(figure.axes[1].lines[0])       # b is b in both
@@ -114,7 +114,8 @@ def test_the_committed_pictures_are_what_the_code_draws():
         now, then = pixels(data), pixels((IMAGES/f"{name}.png").read_bytes())
         assert abs(now.shape[0] - then.shape[0]) <= 2 and abs(now.shape[1] - then.shape[1]) <= 2   # letters differ a little between versions
         h, w = np.minimum(now.shape, then.shape)[:2]
-        assert np.abs(now[:h, :w] - then[:h, :w]).mean() < 4, f"{name}.png: make notebooks NB=nbs/13_plots.ipynb"
+        apart = np.abs(now[:h, :w].astype(float) - then[:h, :w])
+        assert apart.mean() < 4 and (apart.max(-1) > 64).mean() < .02, f"{name}.png: make notebooks NB=nbs/13_plots.ipynb"
 
 
 @pytest.mark.parametrize("ground", [255, 0x22])

@@ -520,7 +520,7 @@ def explore(
 # %% ../nbs/13_plots.ipynb #b474e4f0
 COLOURS = '#808080', '#d55e00', '#0072b2', '#009e73', '#cc79a7', '#a07000'   # Okabe and Ito's, in lightness between white and dark grounds
 DASHES, MARKERS = ('-', '--', '-.', (0, (5, 1, 1, 1)), (0, (1, 1.2))), 'os^DvXP*<>phd'
-LINES = [dict(color=c, ls=dash, marker=m) for c, dash, m in zip(itertools.cycle(COLOURS), itertools.cycle(DASHES), MARKERS)]
+LINES = [dict(color=c, ls=dash, marker=m) for c, dash, m in itertools.islice(zip(itertools.cycle(COLOURS), itertools.cycle(DASHES), itertools.cycle(MARKERS)), 30)]
 
 class Band(NamedTuple):
     "A curve and what lies around it: one value an epoch in each, None where there is none."

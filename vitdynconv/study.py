@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'BODIES', 'PLANS', 'ROW', 'THRESHOLDS', 'MARGIN', 'SIGNS', 'Row', 'study_model', 'Plan', 'study_recipe',
-           'train_run', 'best_rate', 'Job', 'jobs_of', 'read_runs', 'run_job', 'ready', 'run_jobs', 'last_line',
-           'processor', 'open_study', 'write_study', 'label', 'mean_curves', 'epochs_to', 'area', 'measure', 'interval',
-           'paired', 'Finding', 'verdict', 'draw_verdicts', 'run_study', 'vdc_study']
+           'train_run', 'best_rate', 'Job', 'jobs_of', 'read_runs', 'run_job', 'ready', 'cores', 'run_jobs',
+           'last_line', 'processor', 'describe', 'open_study', 'write_study', 'label', 'mean_curves', 'epochs_to',
+           'area', 'measure', 'interval', 'paired', 'Finding', 'verdict', 'draw_verdicts', 'run_study', 'vdc_study']
 
-# %% ../nbs/26_study.ipynb #b1f4bf0c
+# %% ../nbs/26_study.ipynb #bb3d6c75
 import dataclasses
 import json
 import math
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -28,11 +29,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 from tqdm import tqdm
-from .commands import checked, command, replacing
+import vitdynconv
+from .commands import checked, command, leave, replacing
 from .data import cluttered_digits_dls
 from .learner import create_learner
 from .models import TABLE2, create_model
-from .plots import INK, Sheet, draw_curves
+from .plots import INK, draw_curves, inked
 from .recipes import RECIPES, Recipe
 
 # %% ../nbs/26_study.ipynb #4d64125f
@@ -81,7 +83,7 @@ class Plan:
 
 PLANS = {'full': Plan(), 'quick': Plan(rows=(ROWS[4], ROWS[6]), seeds=(1, 2), rates=(1e-3, 2e-3), epochs=2, copies=1)}
 
-# %% ../nbs/26_study.ipynb #62a5dcd5
+# %% ../nbs/26_study.ipynb #fc3d2872
 def study_recipe(
     plan: Plan,
     lr: float,
@@ -99,21 +101,23 @@ def train_run(
     held_out: str = 'test',   # or 'tune'
 ) -> list[dict]:              # one an epoch
     "Train a row once. The same arguments give the same numbers."
-    dls = cluttered_digits_dls(32, seed, copies=plan.copies, data_seed=plan.data_seed, held_out=held_out)
-    learn = create_learner(study_model(row, seed), dls, study_recipe(plan, lr, seed))
+    recipe = study_recipe(plan, lr, seed)
+    dls = cluttered_digits_dls(recipe.batch_size, seed, copies=plan.copies, data_seed=plan.data_seed, held_out=held_out)
+    learn = create_learner(study_model(row, seed), dls, recipe)
     with learn.no_bar(), learn.no_logging(): learn.fit()
     measures = [{name: float(f'{epoch[name]:.6g}') for name in ('train_loss', 'valid_loss', 'accuracy', 'seconds')} for epoch in learn.history]
     return [dict(dataclasses.asdict(row), seed=seed, epoch=i, peak_lr=lr, **m) for i, m in enumerate(measures, 1)]
 
-# %% ../nbs/26_study.ipynb #e9b2c89f
+# %% ../nbs/26_study.ipynb #bb568089
 def best_rate(
     trials: pd.DataFrame,  # lines of the runs that tuned one row
 ) -> float:                # a learning rate
-    "The rate whose run ends with the lowest held-out loss."
-    last = trials[trials.epoch == trials.epoch.max()]
+    "The rate whose run ends with the lowest held-out loss. ValueError when all of them diverged."
+    last = trials[trials.epoch == trials.epoch.max()].dropna(subset='valid_loss')
+    if last.empty: raise ValueError(f'every learning rate tried ended without a loss: {sorted(set(trials.peak_lr))}; give the plan lower rates')
     return float(last.loc[last.valid_loss.idxmin(), 'peak_lr'])
 
-# %% ../nbs/26_study.ipynb #4654083a
+# %% ../nbs/26_study.ipynb #960c2691
 @dataclass(frozen=True)
 class Job:
     "One run of a study."
@@ -147,13 +151,14 @@ def run_job(
     out,         # folder of the study
 ):
     "Train a job and write its lines."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gives out the jobs
     torch.set_num_threads(1)
     trials = [Job(job.row, plan.tuning_seed, lr, 'tune') for lr in plan.rates]
     lr = job.lr or best_rate(read_runs(trials, out))
     lines = pd.DataFrame(train_run(job.row, lr, job.seed, plan, job.held_out))
     with replacing(job.file(out)) as file: file.write(lines.to_csv(index=False).encode())
 
-# %% ../nbs/26_study.ipynb #71427fe3
+# %% ../nbs/26_study.ipynb #5f0f3832
 def ready(
     job: Job,
     plan: Plan,
@@ -163,12 +168,18 @@ def ready(
     return job.held_out == 'tune' or all(Job(job.row, plan.tuning_seed, lr, 'tune').file(out).exists() for lr in plan.rates)
 
 
+def cores() -> int:
+    "Cores that this process may use; at most 60, for Windows waits for no more processes at once."
+    return min(60, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
+
+
 def run_jobs(
     plan: Plan,
     out,           # folder of the study
-    workers: int,  # runs at once
+    workers: int,  # runs at once; 0: one a core
 ):
     "Run the jobs of a plan that are not done. RuntimeError, naming the job, when one fails; the others' results stay."
+    workers = workers or cores()
     jobs = jobs_of(plan)
     waiting = [job for job in jobs if not job.file(out).exists()]
     context = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
@@ -192,6 +203,7 @@ def run_jobs(
     finally:
         bar.close()
         for _, process in running.values(): process.terminate()
+        for _, process in running.values(): process.join()
 
 
 def last_line(
@@ -202,31 +214,37 @@ def last_line(
     last = pd.read_csv(job.file(out)).iloc[-1]
     return f'training loss {last.train_loss:.3f}, held-out accuracy {last.accuracy:.1%}'
 
-# %% ../nbs/26_study.ipynb #d9a10590
+# %% ../nbs/26_study.ipynb #0991173f
 def processor() -> str:
     "The processor's name."
     try: return re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1].strip()
     except (OSError, TypeError): return platform.processor() or platform.machine()
 
 
+def describe(plan: Plan) -> dict:
+    "What makes a study: its plan, the versions and the machine."
+    versions = {name: version(name) for name in ('torch', 'timm', 'fastai', 'scikit-learn')} | dict(vitdynconv=vitdynconv.__version__, python=platform.python_version())
+    return dict(plan=json.loads(json.dumps(dataclasses.asdict(plan))), versions=versions, machine=f'{processor()}, {cores()} cores, one thread a run', started=str(date.today()))
+
+
 def open_study(
     plan: Plan,
     out,         # folder, made if it is not there
 ):
-    "Make the folder of a study, or check that it is this one's. ValueError otherwise."
-    out, wanted = Path(out), json.loads(json.dumps(dataclasses.asdict(plan)))
+    "Make the folder of a study, or check that it is this one's, of the same versions. ValueError otherwise."
+    out, wanted = Path(out), describe(plan)
+    file, short = out / 'study.json', lambda value: f'{len(value)} networks' if isinstance(value, list) and value and isinstance(value[0], dict) else value
     if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; name a folder, which may be new')
-    file = out / 'study.json'
-    if file.exists():
-        try: found = json.loads(file.read_text())['plan']
-        except (ValueError, KeyError, TypeError): raise ValueError(f'{file} is no description of a study; choose another --out') from None
-        differ = [name for name in wanted if found.get(name) != wanted[name]]
-        if differ: raise ValueError(f'{out} holds another study: {differ[0]} is {found.get(differ[0])} there and {wanted[differ[0]]} here; choose another --out')
+    if not file.exists():
+        if (out / 'runs').exists() and any((out / 'runs').iterdir()): raise ValueError(f'{out} holds runs of an unknown study: study.json is missing; choose another --out')
+        (out / 'runs').mkdir(parents=True, exist_ok=True)
+        with replacing(file) as draft: draft.write(json.dumps(wanted, indent=1).encode() + b'\n')
         return
-    (out / 'runs').mkdir(parents=True, exist_ok=True)
-    about = dict(plan=wanted, started=str(date.today()), machine=f'{processor()}, {os.cpu_count()} cores, one thread a run',
-                 versions=dict(python=platform.python_version()) | {name: version(name) for name in ('torch', 'timm', 'fastai', 'scikit-learn', 'vitdynconv')})
-    with replacing(file) as draft: draft.write(json.dumps(about, indent=1).encode() + b'\n')
+    try: found = {part: dict(json.loads(file.read_text())[part]) for part in ('plan', 'versions')}
+    except (ValueError, KeyError, TypeError): raise ValueError(f'{file} is no description of a study; choose another --out') from None
+    for part, here in found.items():
+        for name, value in wanted[part].items():
+            if here.get(name) != value: raise ValueError(f'{out} holds another study: {name} is {short(here.get(name))} there and {short(value)} here; choose another --out')
 
 
 def write_study(
@@ -237,7 +255,8 @@ def write_study(
     out, jobs = Path(out), jobs_of(plan)
     for name, part in (('tuning.csv', 'tune'), ('history.csv', 'test')):
         lines = read_runs([job for job in jobs if job.held_out == part], out)
-        with replacing(out / name) as file: file.write(lines.to_csv(index=False).encode())
+        if len(lines):
+            with replacing(out / name) as file: file.write(lines.to_csv(index=False).encode())
     panels = {f'{base}: training loss': mean_curves(lines[lines.base == base], 'train_loss') for base in lines.base.unique()} if len(lines) else {}
     if panels:
         with replacing(out / 'curves.png') as file: draw_curves(panels, 'mean over seeds; cluttered digits, small networks').savefig(file, format='png', dpi=90, bbox_inches='tight')
@@ -259,7 +278,7 @@ def mean_curves(
 
 ROW = ['base', 'activation', 'kernel', 'pos', 'cls']  # the columns that name a row
 
-# %% ../nbs/26_study.ipynb #9c497b3e
+# %% ../nbs/26_study.ipynb #c0a5bd1d
 def epochs_to(
     losses,      # one an epoch, the first being that of epoch 1
     threshold: float,
@@ -274,6 +293,7 @@ def area(
     losses,     # one an epoch
 ) -> float:     # mean loss over the run
     "Area under the loss curve by the trapezoidal rule, divided by its length."
+    if len(losses) < 2: return float(losses[0])
     return float(sum((a + b) / 2 for a, b in zip(losses, losses[1:])) / (len(losses) - 1))
 
 # %% ../nbs/26_study.ipynb #df34aaa4
@@ -347,7 +367,7 @@ def verdict(
     if above or below: word = 'confirmed' if above != (finding.expected == 'less') else 'contradicted'
     return dict(mean=mean, low=low, high=high, seeds=len(differences), verdict=word)
 
-# %% ../nbs/26_study.ipynb #ab6adfbb
+# %% ../nbs/26_study.ipynb #c08a131f
 SIGNS = {'confirmed': dict(marker='o', color='#0072b2'), 'not visible': dict(marker='|', color=INK), 'contradicted': dict(marker='X', color='#d55e00')}
 
 
@@ -356,27 +376,25 @@ def draw_verdicts(
     xlabel: str,             # what the differences are
 ) -> Figure:
     "Intervals of paired differences, one finding below the other."
-    fig = Sheet(9, .9 + .27 * len(verdicts))
-    fig.delaxes(fig.base); fig.set_layout_engine('constrained')
-    ax = fig.subplots()
+    fig, (ax,) = inked(9, .9 + .27 * len(verdicts))
     for i, v in enumerate(verdicts.itertuples()):
         sign = SIGNS[v.verdict]
         ax.plot([v.low, v.high], [i, i], color=sign['color'], lw=1.6)
         ax.plot(v.mean, i, ms=7, label=v.verdict, **sign)
         if v.expected == 'as good': ax.text(-MARGIN, i, '[', color=INK, ha='center', va='center')
     ax.axvline(0, color=INK, lw=.8, ls=':')
-    ax.set_facecolor('none'); ax.spines[:].set_visible(False); ax.tick_params(colors=INK, labelsize=8, length=0)
+    ax.spines[:].set_visible(False); ax.tick_params(labelsize=8, length=0)
     ax.set_yticks(range(len(verdicts)), verdicts.claim); ax.invert_yaxis()
-    ax.set_xlabel(xlabel, color=INK, fontsize=9)
+    ax.set_xlabel(xlabel, fontsize=9)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
     fig.legend(handles.values(), handles, loc='outside upper right', ncols=3, frameon=False, fontsize=8, labelcolor=INK)
     return fig
 
-# %% ../nbs/26_study.ipynb #5ba6c9c1
+# %% ../nbs/26_study.ipynb #320a8a20
 def run_study(
     plan: Plan,
     out,             # folder of the study
-    workers: int,    # runs at once
+    workers: int,    # runs at once; 0: one a core
 ) -> pd.DataFrame:   # the reported runs
     "Run what is not done, and write the tables, also when stopped on the way."
     open_study(plan, out)
@@ -396,7 +414,8 @@ def vdc_study(
         if plan not in PLANS: raise ValueError(f'--plan {plan!r} is unknown; choose from {", ".join(PLANS)}')
         if workers < 0: raise ValueError(f'--workers {workers} is no number of processes; give 1 or more, or 0 for one a core')
         open_study(PLANS[plan], out)
-    workers = workers or os.cpu_count() or 1
-    print(f'{len(jobs_of(PLANS[plan]))} runs, {workers} at once, into {out}', flush=True)
-    run_study(PLANS[plan], out, workers)
+    print(f'{len(jobs_of(PLANS[plan]))} runs, {workers or cores()} at once, into {out}', flush=True)
+    try: run_study(PLANS[plan], out, workers)
+    except KeyboardInterrupt: leave('vdc_study', f'interrupted; finished runs are kept in {out}: the same command goes on', 130)
+    except RuntimeError as error: leave('vdc_study', error, 1)
     print(f'written: {", ".join(str(Path(out) / name) for name in ("history.csv", "tuning.csv", "study.json", "curves.png"))}')
