@@ -337,7 +337,7 @@ def vdc_bench(
     json: str = '',         # write the rows to this JSON file, too
     device: str = 'cpu',    # cpu or cuda
     threads: int = 0,       # of PyTorch on a CPU; 0: as PyTorch chooses
-    seconds: float = 0.,    # for each comparison; 0: 6 for core, 8 for model, 20 otherwise
+    seconds: float = 0.,    # for each comparison; 0: 3 for core, 2 for model (under five minutes on two cores), 20 otherwise
     batch: int = 4,         # images of a step in the suite model
     workers: int = 2,       # processes that decode in the suite data
     amp: bool = False,      # bfloat16 instead of float32
@@ -355,7 +355,7 @@ def vdc_bench(
         rows, facts = [], machine(device, torch.get_num_threads())
         print(', '.join(f'{k}: {v}' for k, v in facts.items()), flush=True)
         for each in SUITES if suite == 'all' else [suite]:
-            mine = [(print('.', end='', flush=True), row)[1] for row in rows_of(each, device, amp, compile, batch, seconds or dict(core=6, model=8).get(each, 20), workers)]
+            mine = [(print('.', end='', flush=True), row)[1] for row in rows_of(each, device, amp, compile, batch, seconds or dict(core=3, model=2).get(each, 20), workers)]
             print(f'\r{each}\n{format_table([for_people(row) for row in mine])}\n', flush=True)
             rows += [vars(row) | facts for row in mine]
         save_rows(rows, csv=csv, json=json)
