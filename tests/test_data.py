@@ -252,7 +252,7 @@ def test_preflight_compares_the_model(tree):
 def test_sizes_of_digits_are_checked():
     for bad in (dict(batch_size=31, world=2), dict(valid_pct=1.)):
         with pytest.raises(ValueError): digits_dls(**bad)
-    for bad in (dict(size=16), dict(channels=2)):
+    for bad in (dict(size=16), dict(channels=2), dict(copies=0)):
         with pytest.raises(ValueError): cluttered_digits_dls(**bad)
     with pytest.raises(ValueError, match='fewer than one step'): digits_dls(batch_size=2000).train.one_batch()
 
@@ -415,6 +415,17 @@ def test_streams_say_what_they_cannot_do(shards):
     for changes, words in ((dict(repeated_aug=3), 'cannot repeat'), (dict(num_classes=None), 'set num_classes'),
                            (dict(batch_size=20, world=5, rank=0), '4 training shards cannot be shared by 5'), (dict(num_classes=5), 'label of the validation stream is')):
         with pytest.raises(ValueError, match=words): shard_dls(shards, **changes)
+
+
+def test_fewer_validation_shards_than_processes_is_one_line_for_every_process(shards, tmp_path):
+    root = shutil.copytree(shards, tmp_path / 'shards')
+    info = json.loads((root / '_info.json').read_text())
+    info['splits']['validation'] |= dict(filenames=['validation-0.tar'], shard_lengths=[50], num_samples=50)
+    (root / '_info.json').write_text(json.dumps(info))
+    assert sum(len(y) for _, y in shard_dls(root).valid) == 50, 'enough for one process'
+    for rank in range(2):
+        with pytest.raises(ValueError) as error: shard_dls(root, rank=rank, world=2)
+        assert str(error.value).endswith(': 1 validation shards cannot be shared by 2 processes: write more shards, or start fewer processes')
 
 
 def test_unreadable_samples_of_shards_are_counted(shards, tmp_path):

@@ -68,14 +68,16 @@ def test_autocast(name):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_autocast_in_training_windows(name, masked):
-    "Few logits are stored for the backward pass; position and parameters stay in float32."
+    "Few logits are stored for the backward pass; position and parameters stay in float32. Output and gradients are those of float32."
     q, k, v = [t.detach().requires_grad_() for t in bank(2, 2, 49, 32, torch.float32)]
     act, position = random_activation(name, 49, 32), RelPosBias(7, 2)
     mask = torch.rand(2, 1, 49, 49, generator=torch.Generator().manual_seed(2)) < .7 if masked else None
     exact = attention(q, k, v, act, position, mask)
     with torch.autocast("cpu", torch.bfloat16): y = dynamic_conv_attention(q, k, v, act, position, mask)
     assert y.dtype == torch.bfloat16 and ((y - exact).norm() / exact.norm()).item() < 5e-2
-    for g in torch.autograd.grad(y.float().square().sum(), [q, k, v]): assert g.isfinite().all()
+    inputs, limit = [q, k, v, *position.parameters(), *act.parameters()], .25 if name == "sparsemax" else 5e-2  # sparsemax's slope jumps where a kernel joins
+    for g, expected in zip(*(torch.autograd.grad(out, inputs, 2 * exact.detach().to(out.dtype)) for out in (y, exact))):
+        assert g.dtype == torch.float32 and ((g - expected).norm() / expected.norm()).item() < limit
 
 
 def test_other_modules_are_evaluated_by_the_definition():

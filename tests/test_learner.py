@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -20,6 +21,7 @@ from timm.models import VisionTransformer
 from vitdynconv.conv import assert_equal
 from vitdynconv.data import digits_dls
 from vitdynconv.learner import create_learner, parameter_groups
+from vitdynconv.logbook import StepLog, peak_memory
 from vitdynconv.models import create_model
 from vitdynconv.recipes import RECIPES
 
@@ -132,6 +134,23 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     weights = [torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_misspelt_event_is_an_error(trained):
+    with pytest.raises(ValueError, match="'before_bach' is no event: choose from after_create, before_fit, .*after_fit"): trained('before_bach')
+    with pytest.raises(ValueError, match="'__init__' is no event"): trained(['after_create', '__init__'])
+
+
+def test_the_log_tells_zero_from_unknown(monkeypatch, capsys):
+    log = StepLog()
+    log.learn = SimpleNamespace(epoch=0, iter=1, n_iter=2, smooth_loss=1., recorder=SimpleNamespace(lrs=[1e-3]))
+    for norm, words in ((0., 'gradient norm 0.00,'), (None, 'gradient norm nan,')):
+        monkeypatch.setattr(log, 'measures', lambda: dict(images_per_second=1., data_wait=0., gradient_norm=norm, peak_memory=1.))
+        log.write()
+        assert words in capsys.readouterr().out
+    assert 0.01 < peak_memory(torch.device('cpu')) < 1000
+    monkeypatch.setitem(sys.modules, 'resource', None)  # as on Windows
+    assert math.isnan(peak_memory(torch.device('cpu')))
 
 
 def test_weight_decay_belongs_to_the_recipe():

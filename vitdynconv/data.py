@@ -229,7 +229,7 @@ def share_stream(source, training, rank, world):
     reader.num_samples = sum(info.shard_lengths) or reader.num_samples // world
     return len(shards)
 
-# %% ../nbs/20_data.ipynb #d23b8dc0
+# %% ../nbs/20_data.ipynb #292c9558
 def stream_problems(name: str, source, num_classes: int) -> list:
     "What is wrong with `source`, one split of a stream: nothing in it, nothing readable, a label out of range."
     reader = copy(source.reader)  # the original must start in the workers, knowing nothing of this
@@ -247,8 +247,10 @@ def _stream_dls(root, train, valid, settings, places, common) -> DataLoaders:
     if settings['repeated_aug'] > 1: problems.append('a stream cannot repeat images in a row: set repeated_aug=0, or use a reader with random access')
     totals = [source.reader.num_samples for source in (train, valid)]
     shards = [share_stream(source, training, rank, world) for source, training in ((train, True), (valid, False))]
-    if 0 < shards[0] < world: problems.append(f'{shards[0]} training shards cannot be shared by {world} processes: write more shards')
-    for name, source in (('training', train), ('validation', valid)): problems += stream_problems(name, source, len(vocab)) if vocab else []
+    few = [f'{count} {name} shards cannot be shared by {world} processes: write more shards, or start fewer processes'
+           for name, count in zip(('training', 'validation'), shards) if 0 < count < world]
+    problems += few
+    for name, source in (('training', train), ('validation', valid)): problems += stream_problems(name, source, len(vocab)) if vocab and not few else []
     complain(problems, root)
     stats = dict(vocab=vocab, seed=settings['seed'], rank=rank, mean=settings['mean'], std=settings['std'])
     sets = [ImageStream(source, transform, total=total, **stats) for source, transform, total in zip((train, valid), image_transforms(settings), totals)]

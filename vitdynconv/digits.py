@@ -394,7 +394,7 @@ def clutter(
     covered = inside[:, 1, :, None] & inside[:, 0, None, :]
     return torch.where(covered[:, None], cover, picture)
 
-# %% ../nbs/18_digits.ipynb #b0a7a227
+# %% ../nbs/18_digits.ipynb #74c03b77
 def cluttered_digits_dls(
     batch_size=32,        # images a step, over all processes
     seed=0,               # decides the order of the images and their shifts, epoch by epoch
@@ -414,6 +414,7 @@ def cluttered_digits_dls(
     "Loaders of scikit-learn's digits moved, scaled and partly covered in crops of scikit-learn's photographs."
     if not 32 <= size <= 64: raise ValueError(f'size={size} is out of range: cluttered digits have 32 to 64 pixels a side')
     if channels not in (1, 3): raise ValueError(f'channels={channels} is not valid: choose 3, or 1 for grey')
+    if copies < 1: raise ValueError(f'copies={copies} leaves no picture: choose 1 or more for each digit')
     if not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f'scale={scale} is not valid: choose two shares above 0 and up to 1, such as (0.75, 0.95)')
     if not 0 <= light <= 1: raise ValueError(f'light={light} is not valid: choose from 0, black, to 1, photographs as they are')
     if held_out not in ('test', 'tune'): raise ValueError(f"held_out={held_out!r} is not valid: choose 'test' or 'tune'")

@@ -149,14 +149,13 @@ def top5() -> Mean:
     "The share of images with the right class among the five largest logits."
     return Mean(partial(top_k, k=5), 'top5')
 
-# %% ../nbs/22_learner.ipynb #471a0313
+# %% ../nbs/22_learner.ipynb #91691ce3
 def sum_over_processes(
     means,  # list of `Mean`, changed in place
     device, # of this process
 ):
-    "Add totals and counts of many `Mean`s over the processes of a run: one exchange for all of them."
+    "Add totals and counts of many `Mean`s over the processes of a run, also of one that saw no image: one exchange for all of them."
     if not (dist.is_available() and dist.is_initialized()): return
-    means = [m for m in means if m.count]
     sums = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device) for m in means for v in (m.total, m.count)])
     dist.all_reduce(sums)
     for mean, total, count in zip(means, sums[::2], sums[1::2].tolist()): mean.total, mean.count = total, int(count)
@@ -382,10 +381,12 @@ def _set_device(self: RecipeLearner, b):
     device = next(self.model.parameters()).device
     return b if all(getattr(part, 'device', None) == device for part in b) else Learner._set_device(self, b)
 
-# %% ../nbs/22_learner.ipynb #3bbe634b
+# %% ../nbs/22_learner.ipynb #2653cc37
 @patch
 def listening(self: RecipeLearner, event_name: str) -> list:
-    "The callbacks that have a method for an event, in their order."
+    "The callbacks that have a method for an event, in their order. ValueError for a name that is no event."
+    if event_name.startswith('_') or not hasattr(event, event_name):
+        raise ValueError(f'{event_name!r} is no event: choose from {", ".join(name for name in vars(event) if name[0] != "_")}')
     def listens(cb): return event_name in vars(cb) or hasattr(type(cb), event_name)
     return [cb for cb in self.cbs.sorted('order') if listens(cb) or event_name == 'after_fit']  # after which fastai switches each on again
 

@@ -6,11 +6,10 @@
 __all__ = ['TRACKERS', 'peak_memory', 'StepLog', 'FiniteLoss', 'plot_curves', 'plot_history', 'EachEpoch', 'tensorboard_writer',
            'wandb_writer', 'check_trackers']
 
-# %% ../nbs/22b_logbook.ipynb #ef6a8b87
+# %% ../nbs/22b_logbook.ipynb #19292b45
 import dataclasses
 import importlib.util
 import math
-import resource
 import sys
 import time
 import torch.distributed as dist
@@ -21,13 +20,15 @@ from .checkpoint import RunStopped
 from .commands import replacing
 from .plots import draw_curves
 
-# %% ../nbs/22b_logbook.ipynb #244e2f41
+# %% ../nbs/22b_logbook.ipynb #4d39d36e
 def peak_memory(device) -> float:
-    "Most memory held so far, in GB: of the GPU, or of this process on a CPU."
+    "Most memory held so far, in GB: of the GPU, or of this process on a CPU (NaN where the system does not tell, as on Windows)."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e9
+    try: resource = importlib.import_module('resource')
+    except ImportError: return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9
 
-# %% ../nbs/22b_logbook.ipynb #2aa4b0e7
+# %% ../nbs/22b_logbook.ipynb #6420c4a6
 class StepLog(Callback):
     "Every `every` steps, and at the last, a line with speed, data wait, learning rate, gradient norm and memory; the epoch's go into its history row."
     order, run_valid = Recorder.order + 5, False
@@ -43,9 +44,10 @@ class StepLog(Callback):
                     gradient_norm=None if norm is None else float(norm), peak_memory=round(peak_memory(self.dls.device), 3))
     def write(self):
         m = self.measures()
+        norm = math.nan if m['gradient_norm'] is None else m['gradient_norm']
         tqdm.write(f'epoch {self.epoch + 1} step {self.iter + 1}/{self.n_iter}: loss {float(self.smooth_loss):.4f}, '
                    f'{m["images_per_second"]:,.0f} images/s, waiting for data {m["data_wait"]:.0%}, lr {self.recorder.lrs[-1]:.2e}, '
-                   f'gradient norm {m["gradient_norm"] or math.nan:.2f}, peak memory {m["peak_memory"]:.2f} GB', file=sys.stdout)
+                   f'gradient norm {norm:.2f}, peak memory {m["peak_memory"]:.2f} GB', file=sys.stdout)
     def after_train(self):
         self.last = self.measures()
         skipped = getattr(self.dls.train, 'skipped', ())
