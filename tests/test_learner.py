@@ -20,7 +20,7 @@ from timm.models import VisionTransformer
 
 from vitdynconv.conv import assert_equal
 from vitdynconv.data import digits_dls
-from vitdynconv.learner import create_learner, parameter_groups
+from vitdynconv.learner import MeanLoss, accuracy, create_learner, parameter_groups, sum_over_processes
 from vitdynconv.logbook import StepLog, peak_memory
 from vitdynconv.models import create_model
 from vitdynconv.recipes import RECIPES
@@ -60,6 +60,23 @@ def test_validation_counts_what_the_predictions_say(trained):
     assert_equal(torch.tensor(loss), F.cross_entropy(logits, labels), 1e-5)
     assert_equal(torch.tensor(accuracy), (logits.argmax(1) == labels).float().mean(), 1e-6)
     assert len(trained.history) == 2, 'validate is not an epoch'
+
+
+def test_a_process_without_held_out_images_joins_the_sum(monkeypatch):
+    "Every process brings the same numbers to the exchange, or the others wait for ever."
+    full, none = ([MeanLoss(), accuracy()] for _ in range(2))
+    for mean in full + none: mean.reset()
+    for mean in full: mean.add(torch.tensor([1., 0., 1., 0.5]))
+    monkeypatch.setattr('torch.distributed.is_initialized', lambda: True)
+    monkeypatch.setattr('torch.distributed.all_reduce', lambda sums: sums.add_(torch.tensor([2.5, 4., 2.5, 4.])))
+    sum_over_processes(none, 'cpu')                                  # the other process has the four images
+    assert [(mean.value, mean.count) for mean in none] == [(0.625, 4)] * 2
+    monkeypatch.setattr('torch.distributed.all_reduce', lambda sums: sums.add_(torch.zeros(4)))
+    sum_over_processes(full, 'cpu')
+    assert [(mean.value, mean.count) for mean in full] == [(0.625, 4)] * 2
+    for mean in none: mean.reset()
+    sum_over_processes(none, 'cpu')
+    assert [mean.value for mean in none] == [None, None]
 
 
 def test_predictions_are_probabilities_and_classes(trained):
