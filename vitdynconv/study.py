@@ -108,14 +108,14 @@ def train_run(
     measures = [{name: float(f'{epoch[name]:.6g}') for name in ('train_loss', 'valid_loss', 'accuracy', 'seconds')} for epoch in learn.history]
     return [dict(dataclasses.asdict(row), seed=seed, epoch=i, peak_lr=lr, **m) for i, m in enumerate(measures, 1)]
 
-# %% ../nbs/26_study.ipynb #bb568089
+# %% ../nbs/26_study.ipynb #9bb96e3c
 def best_rate(
     trials: pd.DataFrame,  # lines of the runs that tuned one row
 ) -> float:                # a learning rate
     "The rate whose run ends with the lowest held-out loss. ValueError when all of them diverged."
     last = trials[trials.epoch == trials.epoch.max()].dropna(subset='valid_loss')
     if last.empty: raise ValueError(f'every learning rate tried ended without a loss: {sorted(set(trials.peak_lr))}; give the plan lower rates')
-    return float(last.loc[last.valid_loss.idxmin(), 'peak_lr'])
+    return float(last.peak_lr.iloc[last.valid_loss.argmin()])
 
 # %% ../nbs/26_study.ipynb #960c2691
 @dataclass(frozen=True)
