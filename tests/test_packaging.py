@@ -54,7 +54,9 @@ def test_wheel_says_what_settings_say(wheel):
     plain = {str(r) for r in required if not r.marker}
     assert plain == {str(Requirement(r)) for r in CONFIG["requirements"].split()}
     assert {r.name for r in required if r.marker} == {Requirement(r).name for r in CONFIG["dev_requirements"].split()}
-    assert meta.get_payload() == (ROOT/"README.md").read_text()
+    page, whole = meta.get_payload(), CONFIG["git_url"]
+    assert page.replace(f"]({whole}/raw/main/nbs/", "](nbs/").replace(f"]({whole}/blob/main/nbs/", "](nbs/") == (ROOT/"README.md").read_text()
+    assert "](nbs/" not in page and f"]({whole}/raw/main/nbs/images/block.png)" in page      # a package index does not have our folders
 
 
 def test_wheel_installs_the_commands(wheel):
