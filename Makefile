@@ -30,8 +30,8 @@ test: $(READY) ## check that everything generated is up to date, then run every 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-notebooks: $(READY) ## run every notebook in place and store the outputs; NB="nbs/a.ipynb ..." for some
-	@$(BIN)/python .ci/notebooks.py run $(NB)
+notebooks: $(READY) ## run every notebook in place and store the outputs (one thread: sums of the same order, the same digits); NB="nbs/a.ipynb ..." for some
+	@OMP_NUM_THREADS=1 $(BIN)/python .ci/notebooks.py run $(NB)
 
 readme: $(READY) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/notebooks.py readme
