@@ -1,0 +1,264 @@
+"Fast evaluations as a user meets them: whole models, precisions, exports, kernels, and the benchmark command."
+import copy, csv, os, subprocess, sys
+
+import pytest
+import torch
+from torch import nn
+
+from vitdynconv import bench
+from vitdynconv.fast import dispatch as fast
+from vitdynconv.layers.activations import ACTIVATIONS, create_activation
+from vitdynconv.layers.attention import DynamicConvAttention
+from vitdynconv.layers.conv import difference
+from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attention
+from vitdynconv.layers.equivalence import attention
+from vitdynconv.fast.dispatch import accelerate, by_fft, by_fourier_rows, dynamic_conv_attention, fast_depthwise_attention
+from vitdynconv.models.registry import create_model
+from vitdynconv.layers.position import RelPosBias
+
+
+def bank(b, h, n, d, dtype=torch.float64, seed=0):
+    "Queries, keys and values as a projection leaves them: views into one tensor."
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(b, n, 3, h, d, generator=generator, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def random_activation(name, n, d):
+    torch.manual_seed(1)
+    act = create_activation(name, num_kernels=n, head_dim=d)
+    for p in act.parameters(): nn.init.normal_(p)
+    return act
+
+
+# The definition, on sizes that take the ways of large ones
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_large_maps_in_float64(name):
+    q, k, v = bank(1, 2, 197, 16)
+    act, position = random_activation(name, 197, 16).double(), RelPosBias(14, 2, num_prefix_tokens=1).double()
+    params = [(p, p) for p in [*act.parameters(), *position.parameters()]]
+    diff = difference(lambda *x: dynamic_conv_attention(*x, act, position), lambda *x: attention(*x, act, position), q, k, v, params=params)
+    assert max(diff) < 1e-11  # sums over 197 kernels, gradients of size ten and more
+
+
+@pytest.mark.parametrize("name", ["softmax", "scaling", "scaling_relu", "ln", "ln_relu", "gelu"])
+@pytest.mark.parametrize("n", [197, 784])
+def test_float32_stays_as_close_as_the_definition(name, n):
+    "These sizes go through oneDNN, forward and backward."
+    act, inputs = random_activation(name, n, 64), [t.detach().requires_grad_() for t in bank(1, 2, n, 64, torch.float32)]
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    results = {}
+    for key, f, x, a in [("fast", dynamic_conv_attention, inputs, act), ("literal", attention, inputs, act), ("exact", attention, exact_inputs, copy.deepcopy(act).double())]:
+        y = f(*x, a)
+        results[key] = [y, *torch.autograd.grad(y, [*x, *a.parameters()], torch.ones_like(y))]
+    for quick, literal, exact in zip(*results.values()):
+        error = lambda t: ((t.double() - exact).norm() / exact.norm()).item()
+        assert error(quick) < max(4 * error(literal), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["softmax", "scaling", "scaling_relu", "ln", "ln_relu", "sigmoid"])
+def test_autocast(name):
+    q, k, v = bank(2, 2, 150, 32, torch.float32)
+    act = random_activation(name, 150, 32)
+    exact = attention(q, k, v, act)
+    with torch.autocast("cpu", torch.bfloat16): y = dynamic_conv_attention(q, k, v, act)
+    assert y.dtype == torch.bfloat16
+    assert ((y - exact).norm() / exact.norm()).item() < 3e-2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_autocast_in_training_windows(name, masked):
+    "Few logits are stored for the backward pass; position and parameters stay in float32. Output and gradients are those of float32."
+    q, k, v = [t.detach().requires_grad_() for t in bank(2, 2, 49, 32, torch.float32)]
+    act, position = random_activation(name, 49, 32), RelPosBias(7, 2)
+    mask = torch.rand(2, 1, 49, 49, generator=torch.Generator().manual_seed(2)) < .7 if masked else None
+    exact = attention(q, k, v, act, position, mask)
+    with torch.autocast("cpu", torch.bfloat16): y = dynamic_conv_attention(q, k, v, act, position, mask)
+    assert y.dtype == torch.bfloat16 and ((y - exact).norm() / exact.norm()).item() < 5e-2
+    inputs, limit = [q, k, v, *position.parameters(), *act.parameters()], .25 if name == "sparsemax" else 5e-2  # sparsemax's slope jumps where a kernel joins
+    for g, expected in zip(*(torch.autograd.grad(out, inputs, 2 * exact.detach().to(out.dtype)) for out in (y, exact))):
+        assert g.dtype == torch.float32 and ((g - expected).norm() / expected.norm()).item() < limit
+
+
+def test_other_modules_are_evaluated_by_the_definition():
+    class Mine(nn.Module):
+        def forward(self, logits, bias=None, mask=None): return torch.tanh(logits) * logits.shape[-1] ** -.5
+    class Overridden(ACTIVATIONS["scaling_relu"]):
+        def forward(self, logits, bias=None, mask=None): return torch.sin(logits)
+    q, k, v = bank(1, 2, 200, 8)
+    for act in (Mine(), Overridden(head_dim=8)): assert torch.equal(dynamic_conv_attention(q, k, v, act), attention(q, k, v, act))
+
+
+def test_leading_axes_and_names():
+    q, k, v = bank(2, 3, 10, 4)
+    expected = attention(q, k, v, "scaling_relu")
+    assert torch.allclose(dynamic_conv_attention(q, k, v, "scaling_relu"), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(dynamic_conv_attention(q[0], k[0], v[0], "scaling_relu"), expected[0], rtol=0, atol=1e-12)
+    five = [t.unflatten(0, (2, 1)) for t in (q, k, v)]
+    assert torch.allclose(dynamic_conv_attention(*five, "scaling_relu"), expected.unflatten(0, (2, 1)), rtol=0, atol=1e-12)
+
+
+def test_wrong_shapes_are_refused():
+    q, k, v = bank(1, 2, 10, 4)
+    with pytest.raises(ValueError, match="grid of 3 x 4"): dynamic_conv_attention(q, k, v, "scaling", RelPosBias((3, 4), 2).double())
+    with pytest.raises(ValueError, match="weights for 9 kernels"): dynamic_conv_attention(q, k, v, create_activation("ln", num_kernels=9).double())
+    with pytest.raises(ValueError, match="keys .* and values"): dynamic_conv_attention(q, k, v[:, :, 1:], "scaling")
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    q, k, v = [t.requires_grad_() for t in bank(1, 2, 300, 8)]
+    for name in ("scaling_relu", "gelu"):
+        g, = torch.autograd.grad(dynamic_conv_attention(q, k, v, name).square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"): g.sum().backward()
+
+
+# Whole models
+
+@pytest.mark.parametrize("settings", [
+    dict(activation="softmax"), dict(activation="scaling", pos="rel"), dict(activation="ln_relu", pos="rel", class_token=False, global_pool="avg"), dict(kernel="depthwise", pos="rel")], ids=str)
+def test_fast_models_compute_what_literal_ones_do(settings):
+    torch.manual_seed(0)
+    quick = create_model("deit_tiny_patch16_224", num_classes=5, depth=2, img_size=96, **settings)
+    slow = copy.deepcopy(quick)
+    for m in slow.modules():
+        if getattr(m, "evaluate", None) is dynamic_conv_attention: m.evaluate = attention
+        if getattr(m, "evaluate", None) is fast_depthwise_attention: m.evaluate = depthwise_attention
+        if type(m) is fast.Projection: m.__class__ = nn.Linear
+    assert any(type(m) is fast.Projection for m in quick.modules()) and slow.state_dict().keys() == quick.state_dict().keys()
+    x = torch.randn(2, 3, 96, 96)
+    assert max(difference(quick.double(), slow.double(), x.double(), params=zip(quick.parameters(), slow.parameters()))) < 1e-8  # gradients of the first layer are large
+    quick.float(), slow.float()
+    assert torch.allclose(quick(x), slow(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense", "depthwise"])
+def test_swin_with_shifted_windows(kind):
+    torch.manual_seed(0)
+    options = dict(kernel="depthwise", pos_per="channel") if kind == "depthwise" else dict(activation="ln_relu")
+    quick = create_model("swin_tiny_patch4_window7_224", num_classes=5, img_size=112, depths=(2, 2), num_heads=(2, 4), embed_dim=16, drop_path_rate=0., **options).double()
+    slow = copy.deepcopy(quick)
+    for m in slow.modules():
+        if hasattr(m, "evaluate"): m.evaluate = depthwise_attention if kind == "depthwise" else attention
+    x = torch.randn(1, 3, 112, 112, dtype=torch.float64)
+    for mode in (True, False):
+        quick.train(mode), slow.train(mode)
+        assert max(difference(quick, slow, x, params=zip(quick.parameters(), slow.parameters()))) < 1e-10
+        with torch.no_grad(): assert torch.allclose(quick(x), slow(x), rtol=0, atol=1e-12)
+
+
+# Memory and length
+
+@pytest.mark.parametrize("name", ["scaling_relu", "ln_relu"])
+def test_memory_is_linear(name):
+    from vitdynconv.models.cost import peak_memory
+    def held(n):
+        q, k, v = [t.detach().requires_grad_() for t in bank(1, 1, n, 16, torch.float32)]
+        act = create_activation(name, num_kernels=n, head_dim=16)
+        return peak_memory(lambda: dynamic_conv_attention(q, k, v, act).sum().backward())
+    assert held(6272) < 4.5 * held(1568) and held(6272) < 6272 ** 2 * 4 / 5
+
+
+def test_position_of_a_large_map():
+    v, table = bank(1, 1, 12544, 4, torch.float32)[0], torch.randn(223 ** 2, 1, generator=torch.Generator().manual_seed(0))
+    rows, pixels = by_fourier_rows(v, table, (112, 112)), by_fft(v, table, (112, 112))
+    assert ((rows - pixels).norm() / pixels.norm()).item() < 1e-5
+
+
+# Recording
+
+@pytest.mark.parametrize("make", [*[lambda name=name: DynamicConvAttention(24, 3, activation=name, pos="rel", grid_size=4, num_prefix_tokens=1) for name in ("softmax", "scaling", "scaling_relu", "ln_relu")],
+                                  lambda: DepthwiseSelfAttention(24, 3, pos="rel", grid_size=4, num_prefix_tokens=1)], ids=["softmax", "scaling", "scaling_relu", "ln_relu", "depthwise"])
+def test_onnx(make, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    mixer, (x, other) = accelerate(make()).eval(), torch.randn(2, 2, 17, 24)
+    torch.onnx.export(mixer, (x,), tmp_path/"mixer.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path/"mixer.onnx")
+    y, = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    assert torch.allclose(torch.from_numpy(y), mixer(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["softmax", "scaling", "ln_relu"])
+def test_inductor(name):
+    torch.manual_seed(0)
+    mixer, x = accelerate(DynamicConvAttention(24, 3, activation=name, pos="rel", grid_size=4)), torch.randn(2, 16, 24)
+    assert max(difference(torch.compile(mixer), mixer, x, params=[(p, p) for p in mixer.parameters()])) < 1e-4
+
+
+def test_other_ways_of_copying_a_model(tmp_path):
+    mixer, x = accelerate(DynamicConvAttention(24, 3, activation="ln_relu", num_kernels=9)), torch.randn(1, 9, 24)
+    torch.save(mixer, tmp_path/"mixer.pt")
+    for other in (copy.deepcopy(mixer), torch.load(tmp_path/"mixer.pt", weights_only=False), torch.jit.trace(mixer, (x,))):
+        assert torch.allclose(other(x), mixer(x), rtol=1e-5, atol=1e-6)
+
+
+# The GPU's kernels, on a CPU
+
+KERNELS = """
+import torch
+from vitdynconv.layers.conv import difference
+from vitdynconv.fast.triton import relu_attention
+torch.manual_seed(0)
+q, k, v, c = torch.randn(1, 2, 70, 24), torch.randn(1, 2, 65, 24), torch.randn(1, 2, 65, 24), torch.randn(65)
+for inputs in ((q, k, v), (q, k, v, c)):
+    diff = difference(relu_attention, lambda q, k, v, c=0: (q @ k.mT + c).relu() @ v, *inputs)
+    assert diff.outputs < 1e-4 and diff.gradients < 1e-3, diff
+"""
+
+
+def test_triton_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_is_not_needed_on_a_cpu():
+    code = "import sys; sys.modules['triton'] = None; import torch, vitdynconv.fast.dispatch as f; q = torch.randn(1, 1, 200, 8); f.dynamic_conv_attention(q, q, q, 'scaling_relu')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["scaling_relu", "ln_relu", "scaling", "ln"])
+def test_on_a_gpu(name):
+    q, k, v = [t.cuda() for t in bank(2, 3, 300, 64, torch.float32)]
+    act = random_activation(name, 300, 64).cuda()
+    diff = difference(lambda *x: dynamic_conv_attention(*x, act), lambda *x: attention(*x, act), q, k, v, params=[(p, p) for p in act.parameters()])
+    assert diff.outputs < 1e-2 and diff.gradients < 1
+
+
+# The command
+
+def run(*words):
+    return subprocess.run([sys.executable, "-m", "vitdynconv.bench", *words], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words, says", [(("--suite", "speed"), "core, model, training, data, all"), (("--device", "tpu"), "cpu, cuda"), (("--threads", "-1"), "threads=-1"), (("--csv", "no/such/folder.csv"), "no folder")])
+def test_bad_input_is_one_line(words, says):
+    done = run(*words)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and says in done.stderr
+
+
+def test_help():
+    done = run("--help")
+    assert done.returncode == 0 and "--suite" in done.stdout and "--csv" in done.stdout
+
+
+def test_rows_become_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LENGTHS", (49,))
+    monkeypatch.setattr(bench, "position_rows", lambda *args: iter(()))
+    bench.vdc_bench(suite="core", csv=str(tmp_path/"rows.csv"), seconds=.01)
+    rows = list(csv.DictReader(open(tmp_path/"rows.csv")))
+    assert {row["work"] for row in rows} >= {"softmax", "scaling", "ln_relu, with gradients", "depth-wise"}
+    assert all(float(row["low"]) <= float(row["ratio"]) <= float(row["high"]) for row in rows) and rows[0]["torch"] == torch.__version__
+    assert "goals met" in capsys.readouterr().out and os.listdir(tmp_path) == ["rows.csv"]
+
+
+def test_a_race_compares_in_turns():
+    calls = []
+    taken = bench.race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, least=4, slot=0)
+    assert {name: len(times) for name, times in taken.items()} == {"a": 4, "b": 4}
+    assert all(sorted(pair) == ["a", "b"] for pair in zip(calls[4::2], calls[5::2]))

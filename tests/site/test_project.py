@@ -1,0 +1,179 @@
+"The checkout: what is made from the notebooks, the workflows, the scripts behind make. (Pages: test_notebooks.py; the site: test_site.py.)"
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+NBS = ROOT/"nbs"
+NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts))
+
+
+def cells(path, kind=None):
+    "The cells of a notebook, of one kind or of all."
+    return [c for c in json.loads(path.read_text())["cells"] if kind in (None, c["cell_type"])]
+
+
+def caretaker(*args, root=ROOT):
+    "Run .ci/notebooks.py."
+    return subprocess.run([sys.executable, root/".ci/notebooks.py", *args], capture_output=True, text=True, timeout=300)
+
+
+# Commands
+
+def test_workflows_run_the_same_commands():
+    steps = lambda name: [s for job in yaml.safe_load((ROOT/f".github/workflows/{name}").read_text())["jobs"].values() for s in job["steps"]]
+    assert ".ci/run" in [s.get("run") for s in steps("tests.yml")]
+    assert os.access(ROOT/".ci/run", os.X_OK) and "make test" in (ROOT/".ci/run").read_text()
+    assert "make docs" in [s.get("run") for s in steps("docs.yml")]
+    quarto, = (s["with"]["version"] for s in steps("docs.yml") if "quarto" in s.get("uses", ""))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", str(quarto))
+
+
+def test_make_calls_what_exists():
+    text = (ROOT/"Makefile").read_text()
+    scripts = (ROOT/"settings.ini").read_text()
+    for command in re.findall(r"\$\(BIN\)/(vdc_\w+)", text): assert f"{command}=" in scripts
+    for script in re.findall(r"\.ci/[\w.]+", text): assert (ROOT/script).exists(), script
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in re.search(r"^\.PHONY: (.*)$", text, re.M)[1].split(): assert f"make {target} - " in listed
+
+
+# What is made from the notebooks
+
+def test_one_module_one_notebook():
+    exported = {}
+    for path in NOTEBOOKS:
+        names = re.findall(r"^#\|\s*default_exp\s+(\S+)", "\n".join("".join(c["source"]) for c in cells(path, "code")), re.M)
+        for name in names: exported[name] = path
+        if names: assert names == [".".join([*path.relative_to(NBS).parts[:-1], re.sub(r"^\d+_", "", path.stem)])]
+    files = [p.relative_to(ROOT/"vitdynconv").with_suffix("") for p in (ROOT/"vitdynconv").rglob("*.py")]
+    modules = {".".join(p.parts) for p in files if p.stem not in ("__init__", "_modidx")}
+    assert modules == set(exported)
+
+
+def test_readme_is_the_index():
+    done = caretaker("check", "readme")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_unfinished_or_tied_to_one_machine():
+    files = [*NOTEBOOKS, *(ROOT/"vitdynconv").rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*.yml"), ROOT/"Makefile", *ROOT.glob(".ci/*")]
+    unfinished, machine = re.compile(r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b"), re.compile(r"(?<![\w.~/:@-])/(root|home|Users|work|tmp)/\w")
+    for path in files:
+        text = re.sub(r"[\w+/=]{200,}", "", path.read_text())  # pictures, as base64
+        for word in unfinished, machine:
+            found = word.search(text)
+            assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
+
+
+# The scripts behind make, on a small project of their own
+
+@pytest.fixture
+def project(tmp_path):
+    "A copy of the project with one small notebook beside the index."
+    for name in ".ci", "nbs", "vitdynconv": (tmp_path/name).mkdir()
+    for name in "settings.ini", "setup.py", "constraints.txt", ".ci/notebooks.py", ".ci/venv", "nbs/index.ipynb", "nbs/_quarto.yml":
+        shutil.copy(ROOT/name, tmp_path/name)
+    write_notebook(tmp_path/"nbs/00_one.ipynb", ["#| default_exp one", "#| export\ndef one(): return 1", "print(one() + 1)"])
+    (tmp_path/"_quarto.yml").write_text("website: {sidebar: {contents: [index.ipynb, 00_one.ipynb]}}")
+    subprocess.run([Path(sys.executable).parent/"nbdev_export"], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def write_notebook(path, sources, output=None):
+    "A notebook as nbdev leaves it; `output` is stored in every cell."
+    stored = [] if output is None else [{"name": "stdout", "output_type": "stream", "text": [output]}]
+    nb = {"cells": [{"cell_type": "markdown", "id": "t", "metadata": {}, "source": ["# One\n", "> line"]}] + [
+              {"cell_type": "code", "execution_count": None, "id": f"c{i}", "metadata": {}, "outputs": stored, "source": s.splitlines(True)}
+              for i, s in enumerate(sources)],
+          "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(nb, indent=1, sort_keys=True) + "\n")
+
+
+def test_check_tells_a_stale_module_and_changes_nothing(project):
+    assert caretaker("check", "export", root=project).returncode == 0
+    module = project/"vitdynconv/one.py"
+    module.write_text(module.read_text().replace("return 1", "return 2"))
+    before = module.read_bytes()
+    done = caretaker("check", "export", root=project)
+    assert done.returncode == 1 and "vitdynconv/one.py" in done.stderr and "nbdev_export" in done.stderr
+    assert module.read_bytes() == before
+
+
+def test_check_tells_a_stale_readme_and_changes_nothing(project):
+    readme = project/"README.md"
+    shutil.copy(ROOT/"README.md", readme)
+    with readme.open("a") as f: f.write("more\n")
+    before = readme.read_bytes()
+    done = caretaker("check", "readme", root=project)
+    assert done.returncode == 1 and "README.md" in done.stderr and "make readme" in done.stderr
+    assert readme.read_bytes() == before
+
+
+def test_readme_shows_figures_and_turns_links(project):
+    "Links lead from nbs/ to the root, figures go to a folder of their own, code stays as it is."
+    figure = {"output_type": "display_data", "metadata": {}, "data": {"image/svg+xml": ["<svg/>"]}}
+    nb = json.loads((project/"nbs/index.ipynb").read_text())
+    nb["cells"] = [{"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# T\n", "> d"]},
+                   {"cell_type": "markdown", "id": "b", "metadata": {}, "source": ["[a](00_one.ipynb) [b](../LICENSE) [c](https://example.org)"]},
+                   {"cell_type": "code", "id": "c", "metadata": {}, "execution_count": None, "outputs": [figure], "source": ["f[0](x)"]}]
+    (project/"nbs/index.ipynb").write_text(json.dumps(nb))
+    assert caretaker("readme", root=project).returncode == 0
+    text = (project/"README.md").read_text()
+    assert "# T\n\n> d\n\n[a](nbs/00_one.ipynb) [b](LICENSE) [c](https://example.org)\n\n```python\nf[0](x)\n```" in text
+    figure, = (project/"README_files").iterdir()
+    assert f"README_files/{figure.name}" in text and figure.read_text() == "<svg/>"
+
+
+def test_check_tells_an_unclean_notebook_and_changes_nothing(project):
+    assert caretaker("check", "clean", root=project).returncode == 0
+    path = project/"nbs/00_one.ipynb"
+    path.write_text(path.read_text().replace('"execution_count": null', '"execution_count": 7'))
+    before = path.read_bytes()
+    done = caretaker("check", "clean", root=project)
+    assert done.returncode == 1 and "nbs/00_one.ipynb" in done.stderr and "nbdev_clean" in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_run_stores_outputs_and_leaves_flagged_cells_alone(project):
+    path = project/"nbs/00_one.ipynb"
+    write_notebook(path, ["print(1 + 1)", "#| cuda\n#| eval: false\nprint('needs a GPU')", "1/2"], output="stored\n")
+    done = caretaker("run", str(path), root=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran, flagged, last = cells(path, "code")
+    assert ran["outputs"][0]["text"] == ["2\n"] and flagged["outputs"][0]["text"] == ["stored\n"]
+    assert last["outputs"][0]["data"] == {"text/plain": ["0.5"]}
+    assert caretaker("check", "clean", root=project).returncode == 0
+
+
+def test_run_stops_at_an_error_and_keeps_the_notebook(project):
+    path = project/"nbs/00_one.ipynb"
+    write_notebook(path, ["print(1)", "1/0"])
+    before = path.read_bytes()
+    done = caretaker("run", str(path), root=project)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert path.read_bytes() == before and not list(project.rglob("*.tmp"))
+
+
+def build(project, **env):
+    "Run .ci/venv with no way to the package index."
+    return subprocess.run(["bash", project/".ci/venv"], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""} | env)
+
+
+def test_no_environment_without_a_python(project):
+    done = build(project, PYTHON="python-that-is-not")
+    assert done.returncode == 1 and "python-that-is-not" in done.stderr and not (project/".venv").exists()
+    old = project/"old-python"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.8.1\nexit 1\n')
+    old.chmod(0o755)
+    done = build(project, PYTHON=str(old))
+    assert done.returncode == 1 and "Python 3.8.1" in done.stderr and "3.10" in done.stderr and not (project/".venv").exists()
+
+
+def test_a_failed_install_is_not_taken_for_an_environment(project):
+    done = build(project)
+    assert done.returncode == 1 and "No matching distribution" in done.stderr
+    assert not (project/".venv/.ready").exists() and (project/".venv/.unfinished").exists()

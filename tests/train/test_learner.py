@@ -1,0 +1,350 @@
+"The learner as fastai users have it, and each word of a recipe in effect."
+import math
+import os
+import pty
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import matplotlib
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.basics import Callback, CancelStepException, load_learner
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.progress import ProgressCallback
+from fastai.interpret import ClassificationInterpretation, Interpretation
+import fastai.vision.learner  # teaches Interpretation to draw images
+from fastai.metrics import F1Score
+from timm.models import VisionTransformer
+
+from vitdynconv.layers.conv import assert_equal
+from vitdynconv.data.shards import digits_dls
+from vitdynconv.train.learner import MeanLoss, accuracy, create_learner, parameter_groups, sum_over_processes
+from vitdynconv.train.logbook import StepLog, peak_memory
+from vitdynconv.models.registry import create_model
+from vitdynconv.train.recipes import RECIPES
+
+matplotlib.use('agg')
+
+
+def small_vit(**options):
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2, **options)
+
+
+def digits_learner(cbs=(), metrics=None, path=None, model=None, **changes):
+    settings = dict(epochs=1, warmup_epochs=0.25, batch_size=64, lr=4e-3, lr_batch_size=64, label_smoothing=0.) | changes
+    recipe = RECIPES['digits'].replace(**settings)
+    dls = digits_dls(batch_size=64 // recipe.grad_accum, size=8, shift=0)
+    return create_learner(model or small_vit(), dls, recipe, cbs=cbs, metrics=metrics, path=path)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    learn = digits_learner(path=tmp_path_factory.mktemp('learner'), epochs=2)
+    learn.fit()
+    return learn
+
+
+def test_history_has_a_row_an_epoch(trained):
+    assert [row['epoch'] for row in trained.history] == [1, 2]
+    assert set(trained.history[0]) >= {'train_loss', 'valid_loss', 'accuracy', 'lr', 'seconds'}
+    assert trained.history[1]['valid_loss'] < trained.history[0]['valid_loss'] < math.log(10) + 0.1
+
+
+def test_validation_counts_what_the_predictions_say(trained):
+    logits, labels = trained.get_preds(act=lambda x: x)
+    loss, accuracy = trained.validate()
+    assert len(labels) == 360
+    assert_equal(torch.tensor(loss), F.cross_entropy(logits, labels), 1e-5)
+    assert_equal(torch.tensor(accuracy), (logits.argmax(1) == labels).float().mean(), 1e-6)
+    assert len(trained.history) == 2, 'validate is not an epoch'
+
+
+def test_a_process_without_held_out_images_joins_the_sum(monkeypatch):
+    "Every process brings the same numbers to the exchange, or the others wait for ever."
+    full, none = ([MeanLoss(), accuracy()] for _ in range(2))
+    for mean in full + none: mean.reset()
+    for mean in full: mean.add(torch.tensor([1., 0., 1., 0.5]))
+    monkeypatch.setattr('torch.distributed.is_initialized', lambda: True)
+    monkeypatch.setattr('torch.distributed.all_reduce', lambda sums: sums.add_(torch.tensor([2.5, 4., 2.5, 4.])))
+    sum_over_processes(none, 'cpu')                                  # the other process has the four images
+    assert [(mean.value, mean.count) for mean in none] == [(0.625, 4)] * 2
+    monkeypatch.setattr('torch.distributed.all_reduce', lambda sums: sums.add_(torch.zeros(4)))
+    sum_over_processes(full, 'cpu')
+    assert [(mean.value, mean.count) for mean in full] == [(0.625, 4)] * 2
+    for mean in none: mean.reset()
+    sum_over_processes(none, 'cpu')
+    assert [mean.value for mean in none] == [None, None]
+
+
+def test_predictions_are_probabilities_and_classes(trained):
+    probabilities, _, classes = trained.get_preds(with_decoded=True)
+    assert_equal(probabilities.sum(1), torch.ones(360), 1e-5)
+    assert_equal(classes, probabilities.argmax(1))
+
+
+def test_training_loss_is_the_mean_of_the_epoch():
+    class Losses(Callback):
+        run_valid = False
+        def before_fit(self): self.seen = []
+        def after_loss(self): self.seen.append(float(self.learn.loss))
+    learn = digits_learner(Losses())
+    learn.fit()
+    assert learn.history[0]['train_loss'] == pytest.approx(sum(learn.losses.seen) / len(learn.losses.seen), rel=1e-6)
+    smooth, expected = 0., []
+    for i, loss in enumerate(learn.losses.seen, 1):
+        smooth = 0.98 * smooth + 0.02 * loss
+        expected.append(smooth / (1 - 0.98 ** i))
+    assert learn.recorder.losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_lr_find_leaves_everything_as_it_was(trained):
+    before, rows = [p.clone() for p in trained.model.parameters()], list(trained.history)
+    suggestion = trained.lr_find(show_plot=True)
+    assert 1e-7 < suggestion.valley < 10
+    assert len(set(trained.recorder.lrs)) > 50, 'the recipe must not set the rate while another scheduler does'
+    assert all(torch.equal(a, b) for a, b in zip(before, trained.model.parameters()))
+    assert trained.history == rows
+
+
+def test_plots_results_and_interpretation(trained):
+    trained.fit(1)
+    trained.recorder.plot_loss()
+    trained.show_results()
+    worst = Interpretation.from_learner(trained).top_losses(5)
+    logits, labels = trained.get_preds(act=lambda x: x)
+    assert_equal(worst[0], F.cross_entropy(logits, labels, reduction='none').topk(5).values, 1e-5)
+    matrix = ClassificationInterpretation.from_learner(trained).confusion_matrix()
+    assert matrix.sum() == 360 and matrix.trace() == round(float((logits.argmax(1) == labels).sum()))
+    Interpretation.from_learner(trained).plot_top_losses(4)
+
+
+def test_summary_counts_the_parameters(trained):
+    in_layers = sum(p.numel() for name, p in trained.model.named_parameters() if name not in ('cls_token', 'pos_embed'))
+    assert f'Total params: {in_layers:,}' in str(trained.summary())
+
+
+def test_export_and_load(trained):
+    trained.export('exported.pkl')
+    again = load_learner(trained.path/'exported.pkl')
+    x, _ = trained.dls.valid.one_batch()
+    assert_equal(again.model(x), trained.model.eval()(x))
+    assert trained.fit(1) is None, 'an exported learner trains on'
+
+
+def test_your_own_callbacks_metrics_and_schedules():
+    class Count(Callback):
+        steps = 0
+        def after_step(self): self.steps += 1
+    learn = digits_learner([Count()], metrics=[F1Score(average='macro')])
+    learn.fit_one_cycle(1, 1e-2)
+    assert learn.count.steps == len(learn.dls.train)
+    assert 'f1_score' in learn.history[0]
+    assert max(learn.recorder.lrs) == pytest.approx(1e-2, rel=1e-2), 'fit_one_cycle goes before the recipe'
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    runs = [digits_learner(seed=seed, label_smoothing=0.1, mixup=0.8) for seed in (3, 3, 4)]
+    for run in runs: run.fit()
+    weights = [torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_misspelt_event_is_an_error(trained):
+    with pytest.raises(ValueError, match="'before_bach' is no event: choose from after_create, before_fit, .*after_fit"): trained('before_bach')
+    with pytest.raises(ValueError, match="'__init__' is no event"): trained(['after_create', '__init__'])
+
+
+def test_the_log_tells_zero_from_unknown(monkeypatch, capsys):
+    log = StepLog()
+    log.learn = SimpleNamespace(epoch=0, iter=1, n_iter=2, smooth_loss=1., recorder=SimpleNamespace(lrs=[1e-3]))
+    for norm, words in ((0., 'gradient norm 0.00,'), (None, 'gradient norm nan,')):
+        monkeypatch.setattr(log, 'measures', lambda: dict(images_per_second=1., data_wait=0., gradient_norm=norm, peak_memory=1.))
+        log.write()
+        assert words in capsys.readouterr().out
+    assert 0.01 < peak_memory(torch.device('cpu')) < 1000
+    monkeypatch.setitem(sys.modules, 'resource', None)  # as on Windows
+    assert math.isnan(peak_memory(torch.device('cpu')))
+
+
+def test_weight_decay_belongs_to_the_recipe():
+    with pytest.raises(ValueError, match='wd=0.1 would overwrite'): digits_learner().fit(1, wd=0.1)
+
+
+@pytest.mark.parametrize('name', ['deit_small_patch16_224', 'swin_tiny_patch4_window7_224'])
+def test_decay_groups_of_the_papers_models(name):
+    model = create_model(name, activation='ln_relu', pos='rel', num_classes=4)
+    names = {id(p): n for n, p in model.named_parameters()}
+    resting, decaying = [{names[id(p)] for p in group['params']} for group in parameter_groups(model)]
+    assert all(n.endswith('.weight') and 'norm' not in n and '.act.' not in n for n in decaying)
+    assert any('relative_position_bias_table' in n for n in resting) and any('.act.weight' in n for n in resting)
+    assert resting | decaying == set(names.values()) and not resting & decaying
+
+
+def test_decay_pulls_matrices_and_nothing_else():
+    "Without a gradient, AdamW's step is the decay alone."
+    learn = digits_learner(weight_decay=0.5, lr=0.1)
+    learn.create_opt()
+    before = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
+    for p in learn.model.parameters(): p.grad = torch.zeros_like(p)
+    learn.opt.step()
+    for name, p in learn.model.named_parameters():
+        matrix = p.ndim > 1 and name not in ('cls_token', 'pos_embed')
+        assert_equal(p.detach(), before[name] * (1 - 0.1 * 0.5) if matrix else before[name], 1e-7)
+
+
+class Events(Callback):
+    "Listens to everything."
+    order = 1
+    def before_fit(self): self.heard = []
+    def __call__(self, event_name):
+        if hasattr(self, 'heard'): self.heard.append(event_name)
+        return super().__call__(event_name)
+for _event in ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch', 'after_epoch'):
+    setattr(Events, _event, lambda self: None)
+
+
+def test_every_event_reaches_a_callback_in_fastais_order():
+    learn = digits_learner(Events())
+    learn.fit()
+    step = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch']
+    steps, shown = len(learn.dls.train), ['before_batch', 'after_pred', 'after_loss', 'after_batch']
+    assert learn.events.heard == step * steps + shown * len(learn.dls.valid) + ['after_epoch', 'after_fit']
+
+
+def test_a_callback_may_come_and_go_in_the_middle_of_an_epoch():
+    class Guest(Callback):
+        steps = 0
+        def after_step(self): self.steps += 1
+    class Host(Callback):
+        guest = Guest()
+        def before_batch(self):
+            if self.training and self.iter == 3: self.learn.add_cb(self.guest)
+            if self.training and self.iter == 8: self.learn.remove_cb(self.guest)
+    learn = digits_learner(Host(), label_smoothing=0.1)
+    learn.fit()
+    assert Host.guest.steps == 5 and Host.guest not in learn.cbs
+
+
+def test_a_callback_that_switches_itself_off_is_on_again_in_the_next_fit():
+    class Once(Callback):
+        seen = 0
+        def after_step(self):
+            self.learn.once.seen += 1
+            self.run = False
+    learn = digits_learner(Once())
+    for _ in range(2): learn.fit(1)
+    assert learn.once.seen == 2
+
+
+def test_progress_of_fastai_and_smooth_loss_at_any_time():
+    class Look(Callback):
+        order, run_valid = 70, False
+        def before_fit(self): self.smooth = []
+        def after_batch(self): self.smooth.append(self.smooth_loss.item())
+    learn = digits_learner([Look(), ProgressCallback()])
+    learn.fit()
+    assert learn.look.smooth == pytest.approx(learn.recorder.losses, rel=1e-6) and len(learn.look.smooth) == len(learn.dls.train)
+
+
+def test_layer_decay_survives_every_scheduler():
+    learn = digits_learner(layer_decay=0.5)
+    learn.fit()
+    scales = [group['lr_scale'] for group in learn.opt.opt.param_groups]
+    rates = [group['lr'] for group in learn.opt.opt.param_groups]
+    assert len(set(scales)) == 4                       # stem, two blocks, head
+    assert [rate / scale for rate, scale in zip(rates, scales)] == pytest.approx([learn.recorder.lrs[-1]] * len(rates))
+    learn.lr_find(show_plot=False)
+    rates = [group['lr'] for group in learn.opt.opt.param_groups]
+    assert max(rates) / min(rates) == pytest.approx(max(scales) / min(scales))
+
+
+def test_a_skipped_step_does_not_move_the_average():
+    class Overflow(Callback):
+        "What fp16 does when gradients overflow."
+        order = 11
+        def before_fit(self): self.norms = []
+        def before_step(self):
+            if self.iter % 2: raise CancelStepException()
+        def after_step(self): self.norms.append(self.learn.weight_average.average.module.head.bias.clone())
+    class Late(Overflow): order = 99
+    learn = digits_learner(Late(), ema=True, ema_decay=0.5)
+    learn.fit()
+    steps = learn.late.norms
+    assert all(torch.equal(a, b) for a, b in zip(steps[::2], steps[1::2]))
+    assert not any(torch.equal(a, b) for a, b in zip(steps[1::2], steps[2::2]))
+
+
+def test_clipping_bounds_the_gradient():
+    class Norms(Callback):
+        order = 50
+        def before_fit(self): self.after = []
+        def before_step(self): self.after.append(float(torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm()))
+    learn = digits_learner(Norms(), clip_grad=0.3)
+    learn.fit()
+    assert max(learn.norms.after) <= 0.3 + 1e-5
+    assert float(learn.gradient_norm) > 0.3, 'the log shows the norm before clipping'
+
+
+def test_mixing_stops_for_the_tail_and_for_validation():
+    class Rows(Callback):
+        order = 20
+        def before_fit(self): self.mixed = {}
+        def before_batch(self):
+            key = self.epoch, self.training
+            y = self.yb[0]
+            self.mixed[key] = self.mixed.get(key, False) or (y.ndim == 2 and bool(((y > 0.2).sum(1) > 1).any()))
+    learn = digits_learner(Rows(), epochs=2, mixup=0.8, cutmix=1.0, mixup_off_epoch=1)
+    learn.fit()
+    assert learn.rows.mixed == {(0, True): True, (0, False): False, (1, True): False, (1, False): False}
+
+
+def test_amp_on_a_cpu_says_that_it_does_nothing(capsys):
+    digits_learner(amp='bf16')
+    assert "amp='bf16' changes nothing on a cpu" in capsys.readouterr().out
+
+
+def test_compile_and_channels_last_change_no_name():
+    plain, learn = small_vit(), digits_learner(compile=True, channels_last=True)
+    assert list(learn.model.state_dict()) == list(plain.state_dict())
+    assert learn.model._compiled_call_impl is not None
+    assert any(isinstance(cb, ChannelsLast) for cb in learn.cbs)
+
+
+def test_averaged_weights_are_validated_beside_the_others():
+    learn = digits_learner(ema=True, ema_decay=0.9)
+    learn.fit()
+    x, y = learn.dls.valid.dataset.images, learn.dls.valid.dataset.labels
+    with torch.no_grad(): logits = learn.weight_average.average.module(x)
+    assert learn.history[0]['ema_accuracy'] == pytest.approx(float((logits.argmax(1) == y).float().mean()))
+    assert not hasattr(learn, 'ema')
+
+
+SCRIPT = '''
+import sys; sys.path.insert(0, {tests!r})
+from test_learner import digits_learner
+digits_learner().fit()
+'''
+
+
+def test_a_log_is_plain_lines_and_a_terminal_gets_a_bar(tmp_path):
+    script = tmp_path/'run.py'
+    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__)))
+    command = [sys.executable, '-W', 'ignore', str(script)]
+    ours, theirs = pty.openpty()
+    on_terminal = subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    piped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert '\r' not in piped and '\x1b' not in piped
+    assert [line.split()[0] for line in piped.splitlines()] == ['epoch', '1']
+    seen = b''
+    while True:
+        try: chunk = os.read(ours, 4096)
+        except OSError: break                           # the other end is closed
+        if not chunk: break
+        seen += chunk
+    assert on_terminal.wait() == 0
+    assert b'epoch 1/1 train' in seen and b'%|' in seen and b'\r' in seen

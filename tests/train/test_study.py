@@ -1,0 +1,132 @@
+"The study: the grid is the paper's, a stopped study goes on, what fails is named, and the committed runs are complete."
+import dataclasses, json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from vitdynconv import study
+from vitdynconv.layers.activations import ACTIVATIONS
+from vitdynconv.models.registry import TABLE2
+from vitdynconv.study import PLANS, ROW, ROWS, Finding, Job, Plan, Row, area, epochs_to, interval, jobs_of, measure, paired, run_study, study_model, verdict
+
+COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence"
+TINY = Plan(rows=(ROWS[-1],), seeds=(1,), rates=(1e-3, 2e-3), epochs=1, copies=1)
+
+
+def key(row): return tuple(dataclasses.asdict(row).values())
+
+
+def test_the_grid_is_table_2_and_the_depth_wise_rows():
+    assert len(TABLE2) == 19 and len(set(ROWS)) == 22
+    for row, wanted in zip(ROWS, TABLE2):
+        assert (row.activation, row.pos, row.cls, row.kernel) == (wanted["activation"], wanted["pos"], wanted["class_token"], "dense")
+        assert (row.base == "vit") == wanted["base"].startswith("deit")
+    assert [key(row)[:4] for row in ROWS[19:]] == [("vit", "scaling", "depthwise", "abs"), ("vit", "scaling", "depthwise", "rel"), ("swin", "scaling", "depthwise", "rel")]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_network_is_what_its_row_says(row):
+    model = study_model(row, 1)
+    names = {name for name, _ in model.named_parameters()}
+    assert any("relative_position_bias_table" in name for name in names) == (row.pos == "rel")
+    assert ("cls_token" in names) == row.cls
+    assert any(name.endswith("attn.qk.weight") for name in names) == (row.kernel == "depthwise")
+    assert any(name.startswith("layers.") for name in names) == (row.base == "swin")
+    if row.kernel == "dense": assert {type(m) for n, m in model.named_modules() if n.endswith("attn.act")} == {ACTIVATIONS[row.activation]}
+
+
+def test_rows_share_their_first_weights():
+    a, b = (study_model(row, 3).state_dict() for row in (ROWS[4], ROWS[6]))
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    name = "blocks.0.mlp.fc1.weight"
+    assert not study_model(ROWS[4], 4).state_dict()[name].equal(a[name])
+
+
+def test_a_stopped_study_goes_on(tmp_path):
+    lines = run_study(TINY, tmp_path, workers=2)
+    assert list(lines.columns[:7]) == [*ROW, "seed", "epoch"] and len(lines) == 1
+    files = sorted((tmp_path/"runs").iterdir())
+    assert len(files) == 3
+    before = {file: (file.stat().st_mtime_ns, file.read_text()) for file in files}
+    gone = Job(ROWS[-1], 1, None, "test").file(tmp_path)
+    gone.unlink()
+    again = run_study(TINY, tmp_path, workers=1)
+    assert again.drop(columns="seconds").equals(lines.drop(columns="seconds"))       # the same numbers, made again
+    assert all((file.stat().st_mtime_ns, file.read_text()) == before[file] for file in files if file != gone)
+    about = json.loads((tmp_path/"study.json").read_text())
+    assert about["versions"]["torch"] and about["machine"] and about["plan"]["epochs"] == 1
+    with pytest.raises(ValueError, match="holds another study: epochs is 1 there and 16 here"): study.open_study(dataclasses.replace(TINY, epochs=16), tmp_path)
+    with pytest.raises(ValueError, match="rows is 1 networks there and 22 networks here"): study.open_study(PLANS["full"], tmp_path)
+    (tmp_path/"study.json").write_text(json.dumps(about | dict(versions=about["versions"] | dict(timm="0.1"))))
+    with pytest.raises(ValueError, match="timm is 0.1 there"): study.open_study(TINY, tmp_path)
+    (tmp_path/"study.json").unlink()
+    with pytest.raises(ValueError, match="study.json is missing"): study.open_study(TINY, tmp_path)
+
+
+def test_a_job_that_fails_is_named_and_the_rest_is_kept(tmp_path):
+    study.open_study(TINY, tmp_path)
+    trial = Job(ROWS[-1], TINY.tuning_seed, 1e-3, "tune")
+    for lr in TINY.rates: dataclasses.replace(trial, lr=lr).file(tmp_path).write_text("epoch,valid_loss\n1,2\n")     # no learning rate: the reported run cannot choose
+    with pytest.raises(RuntimeError, match=r"swin-scaling-depthwise-rel, seed 1, ended with exit code 1.*Finished runs are kept"): run_study(TINY, tmp_path, workers=1)
+    assert trial.file(tmp_path).exists() and (tmp_path/"tuning.csv").exists()
+    assert not Job(ROWS[-1], 1, None, "test").file(tmp_path).exists()
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-m", "vitdynconv.study", "--plan", "quick", "--out", str(tmp_path/"out"), "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as run:
+        while not list((tmp_path/"out"/"runs").glob("*.csv")): time.sleep(.2); assert run.poll() is None
+        os.killpg(run.pid, signal.SIGINT)                                            # as a terminal does: to every process of the group
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 130 and "finished runs are kept" in said and len(said.strip().splitlines()) == 1, said
+    assert not list((tmp_path/"out"/"runs").glob("*.tmp")) and len(pd.read_csv(tmp_path/"out"/"tuning.csv"))
+
+
+def test_a_row_of_which_every_rate_diverges_is_refused():
+    with pytest.raises(ValueError, match=r"every learning rate tried ended without a loss: \[0.001, 0.002\]"): study.best_rate(pd.DataFrame(dict(epoch=[1, 1], peak_lr=[1e-3, 2e-3], valid_loss=[float("nan")]*2)))
+
+
+def test_the_committed_runs_are_complete():
+    "Every row, seed and epoch of the plan is in the tables that results/convergence reads."
+    plan, about = PLANS["full"], json.loads((COMMITTED/"study.json").read_text())
+    assert about["plan"] == json.loads(json.dumps(dataclasses.asdict(plan))) and about["machine"] and about["versions"]["torch"]
+    history, tuning = (pd.read_csv(COMMITTED/f"{name}.csv") for name in ("history", "tuning"))
+    found = lambda lines, more: sorted(map(tuple, lines[[*ROW, *more, "epoch"]].values.tolist()))
+    assert found(history, ["seed"]) == sorted((*key(row), seed, epoch) for row in plan.rows for seed in plan.seeds for epoch in range(1, plan.epochs + 1))
+    assert found(tuning, ["peak_lr"]) == sorted((*key(row), lr, epoch) for row in plan.rows for lr in plan.rates for epoch in range(1, plan.epochs + 1))
+    assert set(tuning.seed) == {plan.tuning_seed} and history.train_loss.notna().all() and history.accuracy.between(0, 1).all()
+    for row, lines in history.groupby(ROW):                                            # the rate of the reported runs is the one that the trials chose
+        trials = tuning[(tuning[ROW] == pd.Series(dict(zip(ROW, row)))).all(axis=1)]
+        assert set(lines.peak_lr) == {study.best_rate(trials)}, row
+
+
+@pytest.mark.parametrize("words, complaint", [(["--plan", "big"], "--plan 'big' is unknown; choose from full, quick"), (["--workers=-1"], "--workers -1 is no number"), (["--out", "{file}"], "is a file")])
+def test_wrong_arguments_cost_nothing(tmp_path, words, complaint):
+    (tmp_path/"taken").write_text("")
+    words = [word.format(file=tmp_path/"taken") for word in words]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "vitdynconv.study", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["taken"]
+
+
+def test_the_measures():
+    assert epochs_to([2.2, 2.0, 1.4], 1.5) == pytest.approx(2 + 5/6) and epochs_to([2.2, 2.1], 2) == 2 and epochs_to([1.9], 2) == 1
+    assert area([4, 2, 1]) == pytest.approx((3 + 1.5)/2) and area([2.]) == 2
+    lines = pd.DataFrame([dict(dataclasses.asdict(ROWS[0]), seed=s, epoch=e, peak_lr=1e-3, train_loss=3 - e*s/2, accuracy=e/10) for s in (1, 2) for e in (2, 1, 3)])
+    runs = measure(lines).set_index("seed")                                         # epochs out of order: sorted first
+    assert runs["epochs to 2"].tolist() == [2, 1] and runs["accuracy"].tolist() == pytest.approx([30, 30]) and runs["final loss"].tolist() == [1.5, 0]
+
+
+def test_differences_are_paired_by_seed():
+    runs = pd.DataFrame([dict(dataclasses.asdict(row), seed=s, accuracy=10*s + d) for row, d, seeds in ((ROWS[0], 1., (1, 2, 3)), (ROWS[1], 0., (3, 2, 4, 1))) for s in seeds])
+    assert paired(runs, ROWS[0], ROWS[1], "accuracy").to_dict() == {1: 1, 2: 1, 3: 1}
+    with pytest.raises(ValueError, match="no runs of swin-softmax"): paired(runs, ROWS[0], ROWS[10], "accuracy")
+    with pytest.raises(ValueError, match="1 value has no"): interval([1.])
+    values = [1., 2., 4.]
+    assert interval(values)[1:] == pytest.approx(tuple(stats.t.interval(.95, 2, loc=7/3, scale=stats.sem(values))))
+    runs.loc[runs.activation == "softmax", "accuracy"] += [0., .1, -.1]
+    assert verdict(Finding("", "", ROWS[0], ROWS[1], "accuracy", "more"), runs)["verdict"] == "confirmed"
+    assert verdict(Finding("", "", ROWS[0], ROWS[1], "accuracy", "less"), runs)["verdict"] == "contradicted"
+    assert verdict(Finding("", "", ROWS[0], ROWS[1], "accuracy", "more", (ROWS[0], ROWS[1])), runs)["mean"] == 0
