@@ -8,7 +8,8 @@ __all__ = ['CORE_GOALS', 'LENGTHS', 'CORES', 'SUITES', 'clock', 'race', 'Row', '
            'training_rows', 'data_rows', 'machine', 'rows_of', 'vdc_bench']
 
 # %% ../nbs/bench.ipynb #e133b8af
-from .tools.cli import check_target, checked, command, format_table, save_rows  # first: it silences a deprecation on importing fastai
+from .tools.cli import checked, command, format_table  # first: it silences a deprecation on importing fastai
+from .tools.files import check_target, save_rows
 import platform, random, statistics, tempfile, time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -170,9 +171,9 @@ def model_goal(
     training: bool,                                    # or inference
 ) -> float | None:                                     # ratio of times
     "Goals are given as images a second for the faster models: 1.25 times as many is a ratio of 0.8."
-    if (activation, kernel) == ('softmax', 'dense'): return 1.02 if base in ('deit_s', 'swin_t') else None
+    if (activation, kernel) == ('softmax', 'pair'): return 1.02 if base in ('deit_s', 'swin_t') else None
     if kernel == 'depthwise' and base.startswith('deit'): return 1 / 1.25 if pos == 'abs' else 1 / 1.2
-    return 1 / 1.15 if (base, activation, kernel, pos) == ('deit_s', 'scaling', 'dense', 'abs') and training else None
+    return 1 / 1.15 if (base, activation, kernel, pos) == ('deit_s', 'scaling', 'pair', 'abs') and training else None
 
 def model_run(
     model: nn.Module,  # in training mode or not

@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 import torch
 from torch import nn
-from .tools.cli import checked, command, format_table, replacing, rows_as_csv
+from .tools.cli import checked, command, format_table
+from .tools.files import replacing, rows_as_csv
 from .models.cost import count
 from .train.learner import create_learner
 from .train.logbook import plot_curves

@@ -30,7 +30,8 @@ from scipy import stats
 from torch import nn
 from tqdm import tqdm
 import vitdynconv
-from .tools.cli import checked, command, leave, replacing
+from .tools.cli import checked, command, exit_with_message
+from .tools.files import replacing
 from .data.shards import cluttered_digits_dls
 from .train.learner import create_learner
 from .models.registry import TABLE2, create_model
@@ -43,13 +44,13 @@ class Row:
     "A network of the study: one row of Table 2 or 3, with a small body."
     base: str       # 'vit' or 'swin'
     activation: str # as in Table 2
-    kernel: str     # 'dense' or 'depthwise'
+    kernel: str     # 'pair' or 'depthwise'
     pos: str        # 'abs' or 'rel'
     cls: bool       # with a class token
     def __str__(self): return '-'.join([self.base, self.activation, self.kernel, self.pos] + ['cls'] * self.cls)
 
 
-ROWS = [Row(dict(deit_s='vit', swin_t='swin')[r['base']], r['activation'], 'dense', r['pos'], r['class_token']) for r in TABLE2]
+ROWS = [Row(dict(deit_s='vit', swin_t='swin')[r['base']], r['activation'], 'pair', r['pos'], r['class_token']) for r in TABLE2]
 ROWS += [Row('vit', 'scaling', 'depthwise', 'abs', True), Row('vit', 'scaling', 'depthwise', 'rel', True), Row('swin', 'scaling', 'depthwise', 'rel', False)]
 
 # %% ../nbs/study.ipynb #341fc39a
@@ -416,6 +417,6 @@ def vdc_study(
         open_study(PLANS[plan], out)
     print(f'{len(jobs_of(PLANS[plan]))} runs, {workers or cores()} at once, into {out}', flush=True)
     try: run_study(PLANS[plan], out, workers)
-    except KeyboardInterrupt: leave('vdc_study', f'interrupted; finished runs are kept in {out}: the same command goes on', 130)
-    except RuntimeError as error: leave('vdc_study', error, 1)
+    except KeyboardInterrupt: exit_with_message('vdc_study', f'interrupted; finished runs are kept in {out}: the same command goes on', 130)
+    except RuntimeError as error: exit_with_message('vdc_study', error, 1)
     print(f'written: {", ".join(str(Path(out) / name) for name in ("history.csv", "tuning.csv", "study.json", "curves.png"))}')

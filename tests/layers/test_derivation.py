@@ -12,7 +12,8 @@ from torch import nn
 
 from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
-from vitdynconv.layers.conv import assert_equal, difference, dynamic_conv, dynamic_conv_grouped
+from vitdynconv.layers.conv import dynamic_conv, dynamic_conv_grouped
+from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from vitdynconv.layers.equivalence import attention, attention_as_convs, attention_to_convs, convs_to_attention
 from vitdynconv.layers.position import RelPosBias, kernel_to_table, table_to_bias, table_to_kernel

@@ -12,7 +12,8 @@ from timm.layers import Attention
 from torch import nn
 
 from vitdynconv.layers.activations import ACTIVATIONS
-from vitdynconv.layers.conv import assert_equal, difference, to_map, to_tokens
+from vitdynconv.layers.conv import to_map, to_tokens
+from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.dynconv import (DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv1d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d, KernelAttention2d, anneal,
                                 conv_per_image, local_conv)
 from vitdynconv.layers.equivalence import attention_to_convs

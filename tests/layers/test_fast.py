@@ -9,7 +9,7 @@ from vitdynconv import bench
 from vitdynconv.fast import dispatch as fast
 from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
-from vitdynconv.layers.conv import difference
+from vitdynconv.tools.testing import difference
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from vitdynconv.layers.equivalence import attention
 from vitdynconv.fast.dispatch import accelerate, by_fft, by_fourier_rows, dynamic_conv_attention, fast_depthwise_attention
@@ -132,7 +132,7 @@ def test_fast_models_compute_what_literal_ones_do(settings):
     assert torch.allclose(quick(x), slow(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["dense", "depthwise"])
+@pytest.mark.parametrize("kind", ["pair", "depthwise"])
 def test_swin_with_shifted_windows(kind):
     torch.manual_seed(0)
     options = dict(kernel="depthwise", pos_per="channel") if kind == "depthwise" else dict(activation="ln_relu")
@@ -199,7 +199,7 @@ def test_other_ways_of_copying_a_model(tmp_path):
 
 KERNELS = """
 import torch
-from vitdynconv.layers.conv import difference
+from vitdynconv.tools.testing import difference
 from vitdynconv.fast.triton import relu_attention
 torch.manual_seed(0)
 q, k, v, c = torch.randn(1, 2, 70, 24), torch.randn(1, 2, 65, 24), torch.randn(1, 2, 65, 24), torch.randn(65)

@@ -16,7 +16,7 @@ from torch import nn
 
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.attention import DynamicConvAttention
-from vitdynconv.layers.conv import assert_equal
+from vitdynconv.tools.testing import assert_equal
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
 from vitdynconv.layers.dynconv import DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d, KernelAttention2d
 from vitdynconv.layers.equivalence import DynamicConvBlock

@@ -13,7 +13,8 @@ from torch import nn
 
 from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
-from vitdynconv.layers.conv import assert_equal, difference, to_map, to_tokens
+from vitdynconv.layers.conv import to_map, to_tokens
+from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.dynconv import KernelAttention2d
 from vitdynconv.layers.equivalence import attention, attention_to_convs, convs_to_attention
 from vitdynconv.layers.selection import SHARING, AllKernels, ProjectedKernels, WindowKernels, projections

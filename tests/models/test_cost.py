@@ -87,7 +87,7 @@ def test_bad_input_is_one_line_and_no_file(args, said, tmp_path):
 names = st.sampled_from(['softmax', 'none', 'scaling', 'scaling_relu', 'ln', 'ln_relu'])
 
 @settings(max_examples=25, deadline=None)
-@given(names, st.sampled_from(['dense', 'depthwise']), st.sampled_from(['abs', 'rel']), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 5), st.data())
+@given(names, st.sampled_from(['pair', 'depthwise']), st.sampled_from(['abs', 'rel']), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 5), st.data())
 def test_vit_formula_is_the_measurement(activation, kernel, pos, class_token, merged, head, layernorm, data):
     draw = lambda low, high: data.draw(st.integers(low, high))
     heads, patch = draw(1, 4), draw(1, 9)
@@ -100,7 +100,7 @@ def test_vit_formula_is_the_measurement(activation, kernel, pos, class_token, me
 
 
 @settings(max_examples=25, deadline=None)
-@given(names, st.sampled_from(['dense', 'depthwise']), st.sampled_from(['abs', 'rel']), st.booleans(), st.booleans(), st.integers(0, 5), st.data())
+@given(names, st.sampled_from(['pair', 'depthwise']), st.sampled_from(['abs', 'rel']), st.booleans(), st.booleans(), st.integers(0, 5), st.data())
 def test_swin_formula_is_the_measurement(activation, kernel, pos, per_channel, head, layernorm, data):
     draw = lambda low, high: data.draw(st.integers(low, high))
     stages, heads, patch = draw(1, 3), draw(1, 3), draw(1, 3)
@@ -189,11 +189,11 @@ def test_all_activations_have_a_count():
 
 
 @pytest.mark.parametrize('base', ['vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'])
-@pytest.mark.parametrize('activation, kernel', [('softmax', 'dense'), ('scaling', 'dense'), ('scaling_relu', 'dense'), ('ln', 'dense'), ('ln_relu', 'dense'), ('sparsemax', 'dense'), ('scaling', 'depthwise')])
+@pytest.mark.parametrize('activation, kernel', [('softmax', 'pair'), ('scaling', 'pair'), ('scaling_relu', 'pair'), ('ln', 'pair'), ('ln_relu', 'pair'), ('sparsemax', 'pair'), ('scaling', 'depthwise')])
 @pytest.mark.parametrize('pos, pos_per', [('abs', 'head'), ('rel', 'head'), ('rel', 'channel')])
 def test_fast_evaluations_have_a_count(base, activation, kernel, pos, pos_per):
     "Each operator of the fast evaluations has a rule. (Fast is not always fewer multiply-adds, but never many times more.)"
-    if pos_per == 'channel' and kernel == 'dense': pytest.skip('dense kernels have a table a head')
+    if pos_per == 'channel' and kernel == 'pair': pytest.skip('dense kernels have a table a head')
     sizes = dict(img_size=112, depths=(1, 2), num_heads=(3, 6)) if 'swin' in base else dict(img_size=352, depth=1)
     model = accelerate(convert(timm.create_model(base, **sizes), activation, kernel, pos, pos_per=pos_per))
     found, literal = count(model).total, count(model, evaluate='literal').total

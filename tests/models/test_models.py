@@ -9,7 +9,7 @@ import timm
 import timm.optim
 import torch
 
-from vitdynconv.layers.conv import assert_equal
+from vitdynconv.tools.testing import assert_equal
 from vitdynconv.models.cost import PAPER
 from vitdynconv.layers.dynconv import anneal
 from vitdynconv.models.registry import BASES, SYSTEMS, TABLE2, create_model, exchange, paper_model

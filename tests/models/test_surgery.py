@@ -19,7 +19,7 @@ from torch import nn
 
 from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
-from vitdynconv.layers.conv import assert_equal, difference
+from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
 from vitdynconv.layers.equivalence import attention
 from vitdynconv.models.surgery import convert, find_mixers, timm_model, to_timm
@@ -143,7 +143,7 @@ def test_shifted_windows_compute_what_the_paper_says(setting):
 # What is kept
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(activation=st.sampled_from(list(ACTIVATIONS)), kernel=st.sampled_from(['dense', 'depthwise']), pos=st.sampled_from([None, 'abs', 'rel', 'none']), token=st.sampled_from([None, True, False]), source=st.sampled_from(['vit', 'registers', 'pooled', 'swin']))
+@given(activation=st.sampled_from(list(ACTIVATIONS)), kernel=st.sampled_from(['pair', 'depthwise']), pos=st.sampled_from([None, 'abs', 'rel', 'none']), token=st.sampled_from([None, True, False]), source=st.sampled_from(['vit', 'registers', 'pooled', 'swin']))
 def test_every_weight_has_its_fate(activation, kernel, pos, token, source):
     model = dict(vit=vit, registers=lambda: vit(reg_tokens=2), pooled=lambda: vit(class_token=False, global_pool='avg'), swin=swin)[source]()
     if kernel == 'depthwise': activation = 'scaling'
@@ -242,7 +242,7 @@ def test_no_way_back_is_explained(model, setting, reason):
     with pytest.raises(ValueError, match=reason): to_timm(convert(model, **setting))
 
 
-@pytest.mark.parametrize('setting, message', [(dict(activation='lnrelu'), 'ln_relu'), (dict(kernel='diagonal'), "'dense', 'depthwise'"), (dict(pos='relative'), "'rel'"), (dict(class_token='no'), 'True, False'),
+@pytest.mark.parametrize('setting, message', [(dict(activation='lnrelu'), 'ln_relu'), (dict(kernel='diagonal'), "'pair', 'depthwise'"), (dict(pos='relative'), "'rel'"), (dict(class_token='no'), 'True, False'),
     (dict(kernel='depthwise', activation='ln'), 'Eq. 5'), (dict(pos_per='channel'), "kernel='depthwise'"), (dict(activation='scaling', activation_options=dict(scale='d')), 'head_dim')], ids=lambda s: str(s)[:40])
 def test_wrong_settings_get_the_right_ones_named(setting, message):
     with pytest.raises(ValueError, match=message): convert(vit(), **setting)

@@ -154,7 +154,7 @@ def test_outputs_are_fit_to_be_shown(path):
 
 
 def test_the_changelog_page_is_up_to_date():
-    page = "\n".join(text_of(o) for _, cell, _ in cells(NBS/"changelog.ipynb", "code") for o in cell["outputs"])
+    page = "\n".join(text_of(o) for _, cell, _ in cells(NBS/"reference/changelog.ipynb", "code") for o in cell["outputs"])
     versions = re.findall(r"^## .*", (ROOT/"CHANGELOG.md").read_text(), re.M)
     assert versions and re.findall(r"^## .*", page, re.M) == versions, "make notebooks NB=nbs/reference/changelog.ipynb"
 

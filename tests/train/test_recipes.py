@@ -64,7 +64,7 @@ def test_words_become_values(words, field, value):
 @pytest.mark.parametrize('words, message', [
     ('epoch=3', 'did you mean epochs'), ('weightdecay=0', 'did you mean weight_decay'), ('zzz=1', 'choose from name, model'),
     ('epochs=0', "epochs=0 is not valid: give int, at least 1"), ('epochs=1e2', "epochs='1e2'"), ('lr=fast', "lr='fast' is not valid: give float, above 0"),
-    ('lr=inf', 'lr=inf'), ('amp=fp8', "one of '', 'bf16', 'fp16'"), ('kernel=wide', "one of 'dense', 'depthwise'"), ('ema=maybe', 'give bool'),
+    ('lr=inf', 'lr=inf'), ('amp=fp8', "one of '', 'bf16', 'fp16'"), ('kernel=wide', "one of 'pair', 'depthwise'"), ('ema=maybe', 'give bool'),
     ('epochs', 'write field=value'), ('epochs=10', 'warmup_epochs=20 does not end before epochs=10'), ('batch_size=7', 'mixed in pairs'),
     ('grad_accum=3', 'no 3 equal parts'), ('mixup_prob=1.5', 'from 0 to 1'), ('drop_path=1', 'from 0 to 0.99'), ('num_classes=none', 'num_classes='),
     ('model_args=[1]', 'give dict'), ("'model_args={\"img_size\": 32}'", 'set the field input_size'), ("'model_args={\"class_token\": false}'", 'set the field class_token'),

@@ -21,7 +21,7 @@ def key(row): return tuple(dataclasses.asdict(row).values())
 def test_the_grid_is_table_2_and_the_depth_wise_rows():
     assert len(TABLE2) == 19 and len(set(ROWS)) == 22
     for row, wanted in zip(ROWS, TABLE2):
-        assert (row.activation, row.pos, row.cls, row.kernel) == (wanted["activation"], wanted["pos"], wanted["class_token"], "dense")
+        assert (row.activation, row.pos, row.cls, row.kernel) == (wanted["activation"], wanted["pos"], wanted["class_token"], "pair")
         assert (row.base == "vit") == wanted["base"].startswith("deit")
     assert [key(row)[:4] for row in ROWS[19:]] == [("vit", "scaling", "depthwise", "abs"), ("vit", "scaling", "depthwise", "rel"), ("swin", "scaling", "depthwise", "rel")]
 
@@ -34,7 +34,7 @@ def test_a_network_is_what_its_row_says(row):
     assert ("cls_token" in names) == row.cls
     assert any(name.endswith("attn.qk.weight") for name in names) == (row.kernel == "depthwise")
     assert any(name.startswith("layers.") for name in names) == (row.base == "swin")
-    if row.kernel == "dense": assert {type(m) for n, m in model.named_modules() if n.endswith("attn.act")} == {ACTIVATIONS[row.activation]}
+    if row.kernel == "pair": assert {type(m) for n, m in model.named_modules() if n.endswith("attn.act")} == {ACTIVATIONS[row.activation]}
 
 
 def test_rows_share_their_first_weights():

@@ -17,8 +17,10 @@ from torch import nn, Tensor
 from torch.func import functional_call
 from ..layers.activations import ACTIVATIONS, create_activation
 from ..layers.attention import DynamicConvAttention
-from ..tools.cli import check_target, checked, command, format_table, leave, save_rows
-from ..layers.conv import difference, to_map, to_tokens
+from ..tools.cli import checked, command, format_table, exit_with_message
+from ..tools.files import check_target, save_rows
+from ..layers.conv import to_map, to_tokens
+from ..tools.testing import difference
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, Involution2d, KernelAttention2d
 from ..layers.equivalence import DynamicConvBlock, attention, attention_as_convs, attention_to_convs
@@ -221,5 +223,5 @@ def vdc_equiv(
         save_rows(rows, csv, json)
     print(format_table(rows))
     failed = [row for row in rows if not max(row['outputs'], row['gradients']) < tol]
-    if failed: leave('vdc_equiv', f'{len(failed)} of {len(rows)} equivalences exceed {tol}, first: {failed[0]["computation"]} against {failed[0]["reference"]}', 1)
+    if failed: exit_with_message('vdc_equiv', f'{len(failed)} of {len(rows)} equivalences exceed {tol}, first: {failed[0]["computation"]} against {failed[0]["reference"]}', 1)
     print(f'\n{len(rows)} equivalences, all below {tol} in float64, outputs and every gradient')

@@ -25,7 +25,8 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
 from ..layers.activations import ACTIVATIONS, Activation, create_activation
 from ..layers.attention import DynamicConvAttention
-from ..layers.conv import difference, to_map, to_tokens
+from ..layers.conv import to_map, to_tokens
+from ..tools.testing import difference
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, KernelAttention2d
 from ..layers.equivalence import attention_as_convs
@@ -37,7 +38,7 @@ class KernelSpec:
     "Where a token mixer stands in the design space (section 3.3, and sections 4.2 and 4.3 for the last two)."
     bank: str                      # 'dynamic', 'static', or 'none': every position has a kernel of its own
     selection: str                 # 'all', 'local', 'soft', or 'none' without a bank
-    kernel_type: str               # 'pair', 'dense' or 'depthwise'
+    kernel_type: str               # 'pair', 'pair' or 'depthwise'
     kernel_size: int = 1           # k
     activation: str | None = None  # between the kernels of a pair: a name in `ACTIVATIONS`
     position: str | None = None    # 'rel', 'abs' or None

@@ -19,7 +19,8 @@ from difflib import get_close_matches
 from functools import partial
 import math
 from typing import Iterator, NamedTuple
-from ..tools.cli import check_target, checked, command, format_table, save_rows  # first: it silences a deprecation on importing fvcore
+from ..tools.cli import checked, command, format_table  # first: it silences a deprecation on importing fvcore
+from ..tools.files import check_target, save_rows
 from fvcore.nn.jit_analysis import JitModelAnalysis
 from fvcore.nn.jit_handles import batchnorm_flop_jit, conv_flop_jit, einsum_flop_jit, elementwise_flop_counter, get_shape
 import timm
@@ -305,7 +306,7 @@ def mixer_cost(
     dim: int,                  # channels, D
     heads: int,                # heads, h
     activation: str = 'softmax',
-    kernel: str = 'dense',     # 'dense' or 'depthwise'
+    kernel: str = 'pair',     # 'pair' or 'depthwise'
     pos: str | None = None,    # 'rel' adds a table
     prefix: int = 0,           # class and register tokens
     windows: int = 1,          # number of windows
@@ -392,7 +393,7 @@ def swin_cost(
     mlp_ratio: float = 4, num_classes: int = 1000, in_chans: int = 3, patch_size: int = 4,
     head: bool = False,        # count the classifier's multiply-adds and activations too
     layernorm: int = 5,        # multiply-adds charged an element
-    activation: str = 'softmax', kernel: str = 'dense', # see `mixer_cost`
+    activation: str = 'softmax', kernel: str = 'pair', # see `mixer_cost`
     **sizes,                   # see `swin_stages`
 ) -> dict[str, Cost]:          # part -> cost
     "A Swin Transformer; the defaults are Swin-T at 224 (section 4.1)."
@@ -408,20 +409,20 @@ def swin_cost(
 
 # %% ../../nbs/models/05_cost.ipynb #6db69ccd
 PAPER = [dict(zip('base activation kernel pos gflops mparams macts'.split(), row.split())) for row in """
-deit_s softmax dense     abs  4.608 22.051 11.947
-deit_s scaling dense     abs  4.366 22.051  9.448
+deit_s softmax pair      abs  4.608 22.051 11.947
+deit_s scaling pair      abs  4.366 22.051  9.448
 deit_s scaling depthwise abs  3.902 20.277  7.337
-deit_s softmax dense     rel  4.608 22.028 11.947
-deit_s scaling dense     rel  4.543 22.028 10.351
+deit_s softmax pair      rel  4.608 22.028 11.947
+deit_s scaling pair      rel  4.543 22.028 10.351
 deit_s scaling depthwise rel  4.079 20.253  8.241
-deit_b softmax dense     abs 17.582 86.568 23.895
-deit_b softmax dense     rel 17.582 86.521 23.895
+deit_b softmax pair      abs 17.582 86.568 23.895
+deit_b softmax pair      rel 17.582 86.521 23.895
 deit_b scaling depthwise rel 15.830 79.434 16.481
-swin_t softmax dense     rel  4.508 28.288 17.054
-swin_t scaling dense     rel  4.508 28.288 17.054
+swin_t softmax pair      rel  4.508 28.288 17.054
+swin_t scaling pair      rel  4.508 28.288 17.054
 swin_t scaling depthwise rel  4.141 26.850 14.112
-swin_b softmax dense     rel 15.467 87.768 36.625
-swin_b scaling dense     rel 15.468 87.768 38.930
+swin_b softmax pair      rel 15.467 87.768 36.625
+swin_b scaling pair      rel 15.468 87.768 38.930
 swin_b scaling depthwise rel 14.192 80.777 30.256""".strip().splitlines()]  # Table 3 as printed
 
 SIZES = {'deit_s': dict(embed_dim=384, num_heads=6), 'deit_b': dict(embed_dim=768, num_heads=12),
@@ -434,7 +435,7 @@ def table3_formula(
     "One row of Table 3 from its sizes alone."
     sizes = SIZES[base]
     if base.startswith('swin'): return swin_cost(pos, per_channel=(base, kernel) == ('swin_t', 'depthwise'), activation=activation, kernel=kernel, **sizes)
-    return vit_cost(pos=pos, activation=activation, kernel=kernel, merged=activation == 'scaling' and kernel == 'dense', **sizes)
+    return vit_cost(pos=pos, activation=activation, kernel=kernel, merged=activation == 'scaling' and kernel == 'pair', **sizes)
 
 def table3_count(
     base: str, activation: str, kernel: str, pos: str, # a row of `PAPER`
@@ -529,7 +530,7 @@ def vdc_cost(
     table: int = None,            # 3: the paper's Table 3, ours against the paper's figures
     model: str = None,            # a model in timm's registry; ours have the prefix vdc_
     activation: str = None,       # softmax, none, scaling, scaling_relu, ln, ln_relu, ...
-    kernel: str = None,           # dense or depthwise
+    kernel: str = None,           # pair or depthwise
     pos: str = None,              # abs, rel or none
     no_class_token: bool = False, # average the patches instead of using a class token
     input_size: int = None,       # side of the image; the model's own unless given

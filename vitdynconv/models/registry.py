@@ -151,7 +151,7 @@ def assemble(
     return model
 
 # %% ../../nbs/models/02_registry.ipynb #c29b4bb9
-SETTINGS = dict(activation='softmax', kernel='dense', pos=None, class_token=None, pos_per='head', evaluate=None, activation_options=None) # of `convert`, with their defaults
+SETTINGS = dict(activation='softmax', kernel='pair', pos=None, class_token=None, pos_per='head', evaluate=None, activation_options=None) # of `convert`, with their defaults
 
 def operation_for(
     system: str | None, # a key of `SYSTEMS`, or None for attention
@@ -225,7 +225,7 @@ for system in SYSTEMS:
 def create_model(
     name: str,                               # timm's name of the body, with or without 'vdc_'; or 'dconv_...', 'ddwconv_...', 'linformer_...'
     activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module
-    kernel: str = 'dense',                   # 'dense', or 'depthwise' for Eq. 5
+    kernel: str = 'pair',                   # 'pair', or 'depthwise' for Eq. 5
     pos: str | None = None,                  # 'abs', 'rel' or 'none'; None: as the base has it
     class_token: bool | None = None,         # False: global average pooling; None: as the base has it
     pretrained: bool = False,                # convert the weights that timm publishes for the base
@@ -254,7 +254,7 @@ TABLE2 = [dict(base=base, activation=activation, pos=pos, class_token=token == '
 def paper_model(
     base: str,                       # 'deit_s', 'deit_b', 'swin_t' or 'swin_b'
     activation: str = 'softmax',     # as in Table 2
-    kernel: str = 'dense',           # as in Table 3
+    kernel: str = 'pair',           # as in Table 3
     pos: str = 'rel',                # 'abs' or 'rel'
     class_token: bool | None = None, # None: as the body has it
     **timm_kwargs,                   # as for `create_model`

@@ -28,7 +28,8 @@ from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from ..layers.activations import Softmax, create_activation
 from ..layers.attention import DynamicConvAttention
-from ..tools.cli import check_target, checked, command, replacing, save_rows
+from ..tools.cli import checked, command
+from ..tools.files import check_target, replacing, save_rows
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..fast.dispatch import accelerate
 
@@ -223,17 +224,17 @@ MODELS = {VisionTransformer: DynamicConvViT, VisionTransformerDistilled: Dynamic
 def check_settings(
     model: nn.Module | None,     # the model, or None if it is still to be made; the rest as in `convert`
     activation: str | nn.Module, # name or module
-    kernel: str,                 # 'dense' or 'depthwise'
+    kernel: str,                 # 'pair' or 'depthwise'
     pos: str | None,             # 'abs', 'rel', 'none' or None
     class_token: bool | None,    # True, False or None
     pos_per: str,                # 'head' or 'channel'
 ) -> None:                       # nothing: raises ValueError
     "Refuse what `convert` cannot do, with the valid values and the way out."
-    for name, value, valid in [('kernel', kernel, ('dense', 'depthwise')), ('pos', pos, (None, 'abs', 'rel', 'none')), ('class_token', class_token, (None, True, False)), ('pos_per', pos_per, ('head', 'channel'))]:
+    for name, value, valid in [('kernel', kernel, ('pair', 'depthwise')), ('pos', pos, (None, 'abs', 'rel', 'none')), ('class_token', class_token, (None, True, False)), ('pos_per', pos_per, ('head', 'channel'))]:
         if value not in valid: raise ValueError(f'unknown {name}={value!r}; choose one of {", ".join(map(repr, valid))}')
     if isinstance(activation, str): create_activation(activation, num_kernels=1, head_dim=1)
     if kernel == 'depthwise' and activation not in ('softmax', 'scaling'): raise ValueError(f"activation={activation!r} has no place in a depth-wise kernel, which is a mean (Eq. 5); leave activation out, or call it 'scaling' as Table 3 does")
-    if kernel == 'dense' and pos_per == 'channel': raise ValueError("pos_per='channel' needs kernel='depthwise'; with dense kernels a table belongs to a head")
+    if kernel == 'pair' and pos_per == 'channel': raise ValueError("pos_per='channel' needs kernel='depthwise'; with dense kernels a table belongs to a head")
     if class_token and isinstance(model, SwinTransformer): raise ValueError('class_token=True does not fit Swin, whose windows have no class token; leave it out')
     if model is not None and not isinstance(model, (VisionTransformer, SwinTransformer)) and (pos or class_token is not None):
         raise ValueError(f'pos={pos!r} and class_token={class_token} need a model whose grid is known; {type(model).__name__} is none, so leave them out or take a VisionTransformer or SwinTransformer')
@@ -287,7 +288,7 @@ def operate(
 def convert(
     model: nn.Module,                        # a ViT, DeiT or Swin of timm's, or one converted before; it is not changed
     activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module, of which every block gets a copy
-    kernel: str = 'dense',                   # 'dense', or 'depthwise' for Eq. 5, which has no activation
+    kernel: str = 'pair',                   # 'pair', or 'depthwise' for Eq. 5, which has no activation
     pos: str | None = None,                  # 'abs', 'rel' or 'none'; None: as the model has it
     class_token: bool | None = None,         # False: global average pooling; None: as the model has it
     pos_per: str = 'head',                   # depth-wise with relative position: a table a 'head' or a 'channel'
@@ -409,7 +410,7 @@ def convert_file(
 def vdc_convert(
     model: str = 'deit_small_patch16_224', # a ViT, DeiT or Swin of timm's
     activation: str = 'softmax',           # softmax, none, scaling, scaling_relu, ln, ln_relu, ...
-    kernel: str = 'dense',                 # dense or depthwise
+    kernel: str = 'pair',                 # pair or depthwise
     pos: str = '',                         # abs, rel or none; left out: as the model has it
     class_token: str = '',                 # yes or no; left out: as the model has it
     pos_per: str = 'head',                 # depth-wise with relative position: a table a head or a channel

@@ -1,0 +1,1 @@
+"What every part uses: checks, atomic files, the frame of the commands."

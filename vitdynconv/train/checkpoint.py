@@ -16,7 +16,7 @@ import random
 import safetensors.torch
 from fastai.basics import *
 from fastai.callback.all import *
-from ..tools.cli import replacing
+from ..tools.files import replacing
 
 # %% ../../nbs/train/03_checkpoint.ipynb #9d9833ed
 def rng_state() -> dict:

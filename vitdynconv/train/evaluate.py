@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 from pathlib import Path
 from torch import nn
-from ..tools.cli import check_target, checked, command, format_table, save_rows  # first: it silences a deprecation on importing fastai
+from ..tools.cli import checked, command, format_table  # first: it silences a deprecation on importing fastai
+from ..tools.files import check_target, save_rows
 from .checkpoint import CheckpointError, load_checkpoint
 from .learner import Mean, accuracy, create_learner, start_processes, top5
 from .recipes import Recipe

@@ -17,7 +17,7 @@ from fastai.basics import *
 from fastai.callback.all import *
 from tqdm import tqdm
 from .checkpoint import RunStopped
-from ..tools.cli import replacing
+from ..tools.files import replacing
 from ..viz.figures import draw_curves
 
 # %% ../../nbs/train/04_logbook.ipynb #4d39d36e

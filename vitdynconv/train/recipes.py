@@ -18,7 +18,7 @@ import shlex
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..tools.cli import replacing
+from ..tools.files import replacing
 
 # %% ../../nbs/train/00_recipes.ipynb #9c5e871c
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ModelSettings:
     model: str = setting('deit_small_patch16_224', 'timm model that is the base')
     model_args: dict = setting(dict, 'more arguments of the model, such as {"depth": 6}')
     activation: str = setting('softmax', 'between the two dynamic convolutions (Table 2)')
-    kernel: str = setting('dense', 'kernel type (Table 3)', check=one_of('dense', 'depthwise'))
+    kernel: str = setting('pair', 'kernel type (Table 3)', check=one_of('pair', 'depthwise'))
     pos: str | None = setting(None, 'position; None: as the base', check=one_of('rel', 'abs', 'none'))
     class_token: bool | None = setting(None, 'None: as the base')
     num_classes: int = setting(1000, 'the data must have as many', 'ImageNet-1k', between(1))

@@ -15,7 +15,8 @@ import shutil
 import sys
 import timm
 import torch.distributed as dist
-from ..tools.cli import checked, command, leave, replacing, save_rows  # first: it silences a deprecation on importing fastai
+from ..tools.cli import checked, command, exit_with_message  # first: it silences a deprecation on importing fastai
+from ..tools.files import replacing, save_rows
 from fastai.basics import *
 from .checkpoint import CheckpointError, Checkpoints, RunStopped, load_checkpoint, restore, save_weights, score
 from ..data.shards import digits_dls, imagenet_dls, preflight
@@ -175,11 +176,11 @@ def watched(
     "Turn the end of a run that cannot go on into one line that says how to go on."
     hint = f'go on with: vdc_train --resume {folder}'
     try: yield
-    except RunStopped as stop: leave(name, f'{stop.reason}; {hint}', 1)
-    except KeyboardInterrupt: leave(name, f'interrupted; {folder/"last.ckpt"} holds the finished epochs; {hint}', 130)
+    except RunStopped as stop: exit_with_message(name, f'{stop.reason}; {hint}', 1)
+    except KeyboardInterrupt: exit_with_message(name, f'interrupted; {folder/"last.ckpt"} holds the finished epochs; {hint}', 130)
     except RuntimeError as error:
         if not (dist.is_initialized() and re.search('gloo|nccl', str(error), re.IGNORECASE)): raise
-        leave(name, f'another process died or hangs ({str(error)[-120:]}); {hint}', 1)
+        exit_with_message(name, f'another process died or hangs ({str(error)[-120:]}); {hint}', 1)
 
 # %% ../../nbs/train/05_run.ipynb #c616b516
 def prepare(
@@ -207,7 +208,7 @@ def vdc_train(
     resume: str = '',           # folder of a run to go on with
     model: str = None,          # timm model
     activation: str = None,     # softmax, scaling, scaling_relu, ln, ln_relu, ...
-    kernel: str = None,         # dense or depthwise
+    kernel: str = None,         # pair or depthwise
     pos: str = None,            # rel, abs, none
     epochs: str = None,         # passes over the data
     batch_size: str = None,     # images a step, over all processes
