@@ -276,7 +276,8 @@ def training_rows(
     seconds: float, # for each network
 ) -> Iterator[Row]:
     "A training step of the `Learner` against a bare loop, on digits and the CPU."
-    from vitdynconv.train.learner import create_learner, parameter_groups, warmup_cosine
+    from vitdynconv.train.callbacks import warmup_cosine
+    from vitdynconv.train.learner import create_learner, parameter_groups
     from vitdynconv.train.recipes import RECIPES
     from vitdynconv.train.run import recipe_dls, recipe_model
     small = RECIPES['digits']
