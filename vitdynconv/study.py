@@ -92,7 +92,7 @@ def study_recipe(
     seed: int,   # of the order of images
 ) -> Recipe:     # checked
     "How a run trains."
-    return RECIPES['digits'].replace(name='study', model_args={}, input_size=32, epochs=plan.epochs, warmup_epochs=min(1., plan.epochs / 4), lr=lr, seed=seed, label_smoothing=0.)
+    return RECIPES['digits'].replace(name='study', model_args={}, img_size=32, epochs=plan.epochs, warmup_epochs=min(1., plan.epochs / 4), lr=lr, seed=seed, label_smoothing=0.)
 
 
 def train_run(

@@ -268,14 +268,14 @@ def own_device() -> torch.device:
 
 
 def image_settings(
-    recipe=None,  # object with settings as attributes
+    recipe=None,  # `Recipe`, whose `arguments('data')` are settings
     **settings,   # take precedence
 ) -> dict:        # all keys of `IMAGE_SETTINGS`
     "Settings of the images: the defaults, those of a recipe, and those given."
     unknown = set(settings) - set(IMAGE_SETTINGS)
     if unknown: raise ValueError(f'no setting {_some(unknown)}: choose from {", ".join(IMAGE_SETTINGS)}')
-    found = {name: getattr(recipe, name, default) for name, default in IMAGE_SETTINGS.items()}
-    return {name: settings.get(name, value if value is not None else IMAGE_SETTINGS[name]) for name, value in found.items()}
+    given = {} if recipe is None else recipe.arguments('data')
+    return IMAGE_SETTINGS | given | settings
 
 
 def step_size(settings: dict, world: int) -> int:
