@@ -24,7 +24,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from .digits import EpochLoader, kept_randomness, seed_from
+from .loader import EpochLoader, kept_randomness, seed_from
 
 # %% ../../nbs/data/03_images.ipynb #69b45849
 @contextmanager
