@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .layers.activations import create_activation
-from .models.cost import PAPER, peak_memory
+from .models.cost import peak_memory
 from .fast.dispatch import Tiled, by_matrix, dynamic_conv_attention, fast_depthwise_attention, position_matrix, position_way
-from .models.registry import PAPER_BASES, paper_model
+from .models.paper import PAPER_BASES, TABLE3
+from .models.registry import paper_model
 
 # %% ../nbs/bench.ipynb #d1d1fdc6
 def clock(
@@ -217,7 +218,7 @@ def model_rows(
 ) -> Iterator[Row]:
     "Every row of Table 3 against timm's model of its base."
     for base, name in PAPER_BASES.items():
-        rows = [tuple(row[k] for k in ('base', 'activation', 'kernel', 'pos')) for row in PAPER if row['base'] == base]
+        rows = [tuple(row[k] for k in ('base', 'activation', 'kernel', 'pos')) for row in TABLE3 if row['base'] == base]
         if base == 'deit_b': rows.append((base, 'scaling', 'depthwise', 'abs'))
         models = {'timm': timm.create_model(name)} | {row: paper_model(*row) for row in rows}
         if compiled: models = {row: torch.compile(model) for row, model in models.items()}
@@ -275,7 +276,8 @@ def training_rows(
     seconds: float, # for each network
 ) -> Iterator[Row]:
     "A training step of the `Learner` against a bare loop, on digits and the CPU."
-    from vitdynconv.train.learner import create_learner, parameter_groups, warmup_cosine
+    from vitdynconv.train.callbacks import warmup_cosine
+    from vitdynconv.train.learner import create_learner, parameter_groups
     from vitdynconv.train.recipes import RECIPES
     from vitdynconv.train.run import recipe_dls, recipe_model
     small = RECIPES['digits']

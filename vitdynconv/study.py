@@ -34,7 +34,8 @@ from .tools.cli import checked, command, exit_with_message
 from .tools.files import replacing
 from .data.shards import cluttered_digits_dls
 from .train.learner import create_learner
-from .models.registry import TABLE2, create_model
+from .models.paper import TABLE2
+from .models.registry import create_model
 from .viz.figures import INK, draw_curves, inked
 from .train.recipes import RECIPES, Recipe
 

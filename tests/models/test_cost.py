@@ -65,7 +65,7 @@ def test_table3_agrees_with_the_paper(table3):
 
 
 def test_a_model_of_ours_on_the_command_line(tmp_path):
-    run = vdc_cost('--model', 'vdc_swin_tiny_patch4_window7_224', '--activation', 'scaling', '--kernel', 'depthwise', '--input-size', 448, '--evaluate', 'literal', '--json', tmp_path / 'cost.json')
+    run = vdc_cost('--model', 'vdc_swin_tiny_patch4_window7_224', '--activation', 'scaling', '--kernel', 'depthwise', '--input-size', 448, '--form', 'literal', '--json', tmp_path / 'cost.json')
     assert run.returncode == 0, run.stderr
     row, = json.loads((tmp_path / 'cost.json').read_text())
     expected = total(swin_cost(activation='scaling', kernel='depthwise', img_size=448))
@@ -76,7 +76,7 @@ def test_a_model_of_ours_on_the_command_line(tmp_path):
 @pytest.mark.parametrize('args, said', [
     (('--model', 'vdc_deit_smal_patch16_224'), 'vdc_deit_small_patch16_224'), (('--table', 4), 'choose one of 3'), ((), 'either --table 3 or --model'),
     (('--model', 'deit_tiny_patch16_224', '--activation', 'lnrelu'), 'ln_relu'), (('--model', 'deit_tiny_patch16_224', '--convention', 'mine'), 'products'),
-    (('--model', 'deit_tiny_patch16_224', '--input-size', 'large'), 'large'), (('--model', 'deit_tiny_patch16_224', '--evaluate', 'quick'), 'merged')])
+    (('--model', 'deit_tiny_patch16_224', '--input-size', 'large'), 'large'), (('--model', 'deit_tiny_patch16_224', '--form', 'quick'), 'merged')])
 def test_bad_input_is_one_line_and_no_file(args, said, tmp_path):
     run = vdc_cost(*args, '--csv', tmp_path / 'rows.csv')
     assert run.returncode == 2 and run.stdout == '' and len(run.stderr.splitlines()) == 1, run.stderr
@@ -94,7 +94,7 @@ def test_vit_formula_is_the_measurement(activation, kernel, pos, class_token, me
     sizes = dict(img_size=patch * draw(1, 8), patch_size=patch, embed_dim=heads * draw(1, 9), depth=draw(1, 3), num_heads=heads, mlp_ratio=draw(1, 5), num_classes=draw(1, 20), in_chans=draw(1, 4))
     if kernel == 'depthwise': activation = 'scaling'
     model = convert(VisionTransformer(**sizes, qkv_bias=True), activation, kernel, pos, class_token)
-    measured = count(model, head=head, layernorm=layernorm, evaluate='merged' if merged else 'literal').total
+    measured = count(model, head=head, layernorm=layernorm, form='merged' if merged else 'literal').total
     linear = activation in ('none', 'scaling')
     assert measured == total(vit_cost(**sizes, activation=activation, kernel=kernel, pos=pos, class_token=class_token, merged=merged and linear, head=head, layernorm=layernorm))
 
@@ -109,7 +109,7 @@ def test_swin_formula_is_the_measurement(activation, kernel, pos, per_channel, h
     per_channel = per_channel and kernel == 'depthwise'
     if kernel == 'depthwise': activation = 'scaling'
     model = convert(SwinTransformer(**sizes), activation, kernel, pos, pos_per='channel' if per_channel else 'head')
-    measured = count(model, head=head, layernorm=layernorm, evaluate='literal').total
+    measured = count(model, head=head, layernorm=layernorm, form='literal').total
     assert measured == total(swin_cost(**sizes, activation=activation, kernel=kernel, pos=pos, per_channel=per_channel, head=head, layernorm=layernorm))
 
 
@@ -152,7 +152,7 @@ def test_a_learner_is_counted_by_its_model_and_left_as_it_was():
     model.blocks[0].eval()
     before = [m.training for m in model.modules()], [m.evaluate for m in model.modules() if hasattr(m, 'evaluate')], {n: p.clone() for n, p in model.state_dict().items()}
     learner = Learner(DataLoaders([], []), model, loss_func=nn.CrossEntropyLoss())
-    assert count(learner, evaluate='literal').total == count(model, 64, evaluate='literal').total
+    assert count(learner, form='literal').total == count(model, 64, form='literal').total
     assert [m.training for m in model.modules()] == before[0] and [m.evaluate for m in model.modules() if hasattr(m, 'evaluate')] == before[1]
     assert all(torch.equal(p, before[2][n]) for n, p in model.state_dict().items())
     with pytest.raises(ValueError, match='img_size'): count(model, 96)
@@ -185,7 +185,7 @@ def test_peak_memory_of_known_tensors():
 def test_all_activations_have_a_count():
     for name in ACTIVATIONS:
         model = convert(timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1), name, pos='rel', class_token=False)
-        assert count(model, evaluate='literal').total.macs >= total(vit_cost(img_size=32, embed_dim=192, num_heads=3, depth=1, pos='rel', class_token=False)).macs
+        assert count(model, form='literal').total.macs >= total(vit_cost(img_size=32, embed_dim=192, num_heads=3, depth=1, pos='rel', class_token=False)).macs
 
 
 @pytest.mark.parametrize('base', ['vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'])
@@ -196,5 +196,5 @@ def test_fast_evaluations_have_a_count(base, activation, kernel, pos, pos_per):
     if pos_per == 'channel' and kernel == 'pair': pytest.skip('dense kernels have a table a head')
     sizes = dict(img_size=112, depths=(1, 2), num_heads=(3, 6)) if 'swin' in base else dict(img_size=352, depth=1)
     model = accelerate(convert(timm.create_model(base, **sizes), activation, kernel, pos, pos_per=pos_per))
-    found, literal = count(model).total, count(model, evaluate='literal').total
+    found, literal = count(model).total, count(model, form='literal').total
     assert found.params == literal.params and literal.macs / 2 < found.macs < 3 * literal.macs

@@ -20,7 +20,8 @@ from timm.models import VisionTransformer
 
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.data.shards import digits_dls
-from vitdynconv.train.learner import MeanLoss, accuracy, create_learner, parameter_groups, sum_over_processes
+from vitdynconv.train.callbacks import MeanLoss, accuracy, sum_over_processes
+from vitdynconv.train.learner import create_learner, parameter_groups
 from vitdynconv.train.logbook import StepLog, peak_memory
 from vitdynconv.models.registry import create_model
 from vitdynconv.train.recipes import RECIPES

@@ -8,7 +8,7 @@ from scipy import stats
 
 from vitdynconv import study
 from vitdynconv.layers.activations import ACTIVATIONS
-from vitdynconv.models.registry import TABLE2
+from vitdynconv.models.paper import TABLE2
 from vitdynconv.study import PLANS, ROW, ROWS, Finding, Job, Plan, Row, area, epochs_to, interval, jobs_of, measure, paired, run_study, study_model, verdict
 
 COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence"

@@ -24,7 +24,7 @@ from vitdynconv.train.checkpoint import CheckpointError, RunStopped, load_checkp
 from vitdynconv.data.shards import imagenet_dls
 from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_weights, vdc_eval
-from vitdynconv.train.learner import warmup_cosine
+from vitdynconv.train.callbacks import warmup_cosine
 from vitdynconv.train.logbook import wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
 from vitdynconv.train.run import choose_recipe, recipe_dls, recipe_model, run_learner, vdc_train, weights_images

@@ -1,6 +1,15 @@
-"Models of timm as dynamic-convolution networks and back; importing this enters the `vdc_*` names into timm's registry."
-from .cost import count, table3
-from .registry import create_model, paper_model
-from .surgery import convert, to_timm
+"Models of timm as dynamic-convolution networks and back. Names are imported when they are first used."
+import sys
 
-__all__ = ["convert", "count", "create_model", "paper_model", "table3", "to_timm"]
+from vitdynconv import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    cost="count table3",
+    paper="PAPER_BASES TABLE1 TABLE2 TABLE3 TABLE4",
+    registry="create_model paper_model",
+    surgery="convert to_timm",
+)
+
+if "timm" in sys.modules:  # the registry of timm can be filled at once; before, it is filled with the first name used
+    from . import registry  # noqa: F401

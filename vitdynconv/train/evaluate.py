@@ -16,7 +16,8 @@ from torch import nn
 from ..tools.cli import checked, command, format_table  # first: it silences a deprecation on importing fastai
 from ..tools.files import check_target, save_rows
 from .checkpoint import CheckpointError, load_checkpoint
-from .learner import Mean, accuracy, create_learner, start_processes, top5
+from .callbacks import Mean, accuracy, top5
+from .learner import create_learner, start_processes
 from .recipes import Recipe
 from .run import recipe_dls, recipe_model
 
