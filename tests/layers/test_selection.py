@@ -165,6 +165,6 @@ def test_linformer_attention_and_its_state_dict(activation):
 @pytest.mark.parametrize('wrong, message', [
     (lambda: WindowKernels(0), 'window_size=0'), (lambda: WindowKernels(4, 4), '0 <= shift < window'), (lambda: WindowKernels(4, -1), '0 <= shift < window'),
     (lambda: ProjectedKernels(4, 2, share='all'), "choose one of \\('none', 'heads', 'kv', 'layers'\\)"), (lambda: ProjectedKernels(2, 5), 'choose 1 to 4'),
-    (lambda: ProjectedKernels(2, 3)(normal(1, 1, 5, 2), normal(1, 1, 5, 2)), 'set_grid_size'), (lambda: ProjectedKernels(2, 3, 2)(normal(1, 3, 4, 2), normal(1, 3, 4, 2)), 'num_heads=3')])
+    (lambda: ProjectedKernels(2, 3)(None, normal(1, 1, 5, 2), normal(1, 1, 5, 2)), 'set_grid_size'), (lambda: ProjectedKernels(2, 3, 2)(None, normal(1, 3, 4, 2), normal(1, 3, 4, 2)), 'num_heads=3')])
 def test_wrong_settings_are_answered(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()
