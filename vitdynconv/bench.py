@@ -281,7 +281,7 @@ def training_rows(
     from vitdynconv.train.recipes import RECIPES
     from vitdynconv.train.run import recipe_dls, recipe_model
     small = RECIPES['digits']
-    for recipe in (small, small.replace(model_args=small.model_args | dict(embed_dim=192, depth=12, mlp_ratio=4.))):
+    for recipe in (small, small.replace(embed_dim=192, depth=12, model_args=small.model_args | dict(mlp_ratio=4.))):
         dls, model = recipe_dls(recipe), recipe_model(recipe)
         optimizer = timm.optim.create_optimizer_v2(parameter_groups(model, recipe.weight_decay), opt=recipe.opt, lr=recipe.lr)
         rate = warmup_cosine(recipe.lr, recipe.warmup_epochs / recipe.epochs, recipe.warmup_lr, recipe.min_lr)
@@ -299,7 +299,7 @@ def data_rows(
     workers: int,   # processes that decode
 ) -> Iterator[Row]:
     "An epoch of `imagenet_dls` against one of timm's `create_loader`."
-    from vitdynconv.data.shards import cluttered_digits_dls, imagenet_dls, keep_one_bit, write_imagefolder
+    from vitdynconv.data import cluttered_digits_dls, imagenet_dls, keep_one_bit, write_imagefolder
     with tempfile.TemporaryDirectory() as folder:
         root = write_imagefolder(cluttered_digits_dls(size=64, copies=1), Path(folder) / 'images', per_class=32)
         ours = imagenet_dls(root, batch_size=32, workers=workers).train

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import vitdynconv
 from .tools.cli import checked, command, exit_with_message
 from .tools.files import replacing
-from .data.shards import cluttered_digits_dls
+from .data import cluttered_digits_dls
 from .train.learner import create_learner
 from .models.paper import TABLE2
 from .models.registry import create_model
@@ -93,7 +93,7 @@ def study_recipe(
     seed: int,   # of the order of images
 ) -> Recipe:     # checked
     "How a run trains."
-    return RECIPES['digits'].replace(name='study', model_args={}, input_size=32, epochs=plan.epochs, warmup_epochs=min(1., plan.epochs / 4), lr=lr, seed=seed, label_smoothing=0.)
+    return RECIPES['digits'].replace(name='study', model_args={}, img_size=32, epochs=plan.epochs, warmup_epochs=min(1., plan.epochs / 4), lr=lr, seed=seed, label_smoothing=0.)
 
 
 def train_run(

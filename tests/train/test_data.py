@@ -21,9 +21,10 @@ from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from timm.models.vision_transformer import VisionTransformer
 
-import vitdynconv.data.shards
-from vitdynconv.data.shards import (
-    TensorLoader, cluttered_digits_dls, devkit_labels, digits_dls, image_transforms, imagenet_dls, own_device, preflight, write_imagefolder)
+from vitdynconv.data import cluttered_digits_dls, digits_dls, imagenet_dls, preflight, write_imagefolder
+from vitdynconv.data.images import image_transforms
+from vitdynconv.data.loader import TensorLoader
+from vitdynconv.data.shards import devkit_labels, own_device
 from vitdynconv.train.recipes import RECIPES
 
 
@@ -48,13 +49,6 @@ def same(a, b):
 
 def states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-def test_one_address_for_data():
-    "Three notebooks, one place to import from; the two before know nothing of the third."
-    for module in (vitdynconv.data.digits, vitdynconv.data.images):
-        for name in module.__all__: assert getattr(vitdynconv.data.shards, name) is getattr(module, name)
-        assert 'vitdynconv.data.shards' not in Path(module.__file__).read_text()
 
 
 def test_vocab_and_items_are_documented(tree):
@@ -178,7 +172,7 @@ def test_the_strongest_posterizing_is_survived():
 
 
 def test_a_recipe_sets_the_loaders(tree):
-    recipe = RECIPES['deit_s'].override('batch_size=40 grad_accum=2 input_size=32 num_classes=10 workers=0 seed=7')
+    recipe = RECIPES['deit_s'].override('batch_size=40 grad_accum=2 img_size=32 num_classes=10 workers=0 seed=7')
     dls = imagenet_dls(tree, recipe=recipe)
     assert (dls.train.bs, dls.train.seed, dls.train.repeats, dls.train.random_erasing, dls.train.input_size) == (20, 7, 3, 0.25, 32)
     assert imagenet_dls(tree, recipe=recipe, seed=8).train.seed == 8

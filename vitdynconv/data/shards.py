@@ -23,8 +23,8 @@ from scipy.io import loadmat
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from .digits import *
-from .images import *
+from .images import IMAGE_SETTINGS, UNREADABLE, ImageLoader, ImageSet, collate_readable, image_transforms
+from .loader import kept_randomness, own_share, seed_from
 
 # %% ../../nbs/data/04_shards.ipynb #100adc69
 SPLITS = {'train': ('train', 'training', 'ILSVRC2012_img_train'),
@@ -268,14 +268,14 @@ def own_device() -> torch.device:
 
 
 def image_settings(
-    recipe=None,  # object with settings as attributes
+    recipe=None,  # `Recipe`, whose `arguments('data')` are settings
     **settings,   # take precedence
 ) -> dict:        # all keys of `IMAGE_SETTINGS`
     "Settings of the images: the defaults, those of a recipe, and those given."
     unknown = set(settings) - set(IMAGE_SETTINGS)
     if unknown: raise ValueError(f'no setting {_some(unknown)}: choose from {", ".join(IMAGE_SETTINGS)}')
-    found = {name: getattr(recipe, name, default) for name, default in IMAGE_SETTINGS.items()}
-    return {name: settings.get(name, value if value is not None else IMAGE_SETTINGS[name]) for name, value in found.items()}
+    given = {} if recipe is None else recipe.arguments('data')
+    return IMAGE_SETTINGS | given | settings
 
 
 def step_size(settings: dict, world: int) -> int:
