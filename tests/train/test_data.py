@@ -173,7 +173,7 @@ def test_the_strongest_posterizing_is_survived():
 
 
 def test_a_recipe_sets_the_loaders(tree):
-    recipe = RECIPES['deit_s'].override('batch_size=40 grad_accum=2 input_size=32 num_classes=10 workers=0 seed=7')
+    recipe = RECIPES['deit_s'].override('batch_size=40 grad_accum=2 img_size=32 num_classes=10 workers=0 seed=7')
     dls = imagenet_dls(tree, recipe=recipe)
     assert (dls.train.bs, dls.train.seed, dls.train.repeats, dls.train.random_erasing, dls.train.input_size) == (20, 7, 3, 0.25, 32)
     assert imagenet_dls(tree, recipe=recipe, seed=8).train.seed == 8

@@ -79,17 +79,14 @@ def own_device() -> torch.device:
 
 
 def image_settings(
-    recipe=None,  # object with settings as attributes
+    recipe=None,  # `Recipe`, whose `arguments('data')` are settings
     **settings,   # take precedence
 ) -> dict:        # all keys of `IMAGE_SETTINGS`
     "Settings of the images: the defaults, those of a recipe, and those given."
     unknown = set(settings) - set(IMAGE_SETTINGS)
     if unknown: raise ValueError(f'no setting {some(unknown)}: choose from {", ".join(IMAGE_SETTINGS)}')
-    found = dict(IMAGE_SETTINGS)
-    for name in found:
-        value = getattr(recipe, name, None)
-        if value is not None: found[name] = value
-    found |= settings
+    given = {} if recipe is None else recipe.arguments('data')
+    found = IMAGE_SETTINGS | given | settings
     if found['in_chans'] not in (1, 3): raise ValueError(f'in_chans={found["in_chans"]} is not valid: choose 3, or 1 for grey')
     return found
 
@@ -161,7 +158,7 @@ def remark(made, others) -> str:
 def imagenet_dls(
     root,                     # folder of class folders or of splits; a name or folder of parquet files for 'hfds'; shards for 'wds'
     reader='',                # timm's: '' (folders, tars), 'hfds', 'hfids', 'wds', 'tfds/NAME', 'torch/NAME', 'hfds/NAME', ...
-    recipe=None,              # settings as attributes, such as `RECIPES['deit_s']`
+    recipe=None,              # a `Recipe`, such as `RECIPES['deit_s']`
     train_split='train',      # names of the splits, in the reader's way
     valid_split='validation',
     valid_pct=0.2,            # share of each class held out, where a folder has no splits

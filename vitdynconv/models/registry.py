@@ -152,7 +152,7 @@ def assemble(
     return model
 
 # %% ../../nbs/models/02_registry.ipynb #c29b4bb9
-SETTINGS = dict(activation='softmax', kernel='pair', pos=None, class_token=None, pos_per='head', evaluate=None, activation_options=None) # of `convert`, with their defaults
+SETTINGS = dict(activation='softmax', kernel='pair', pos=None, class_token=None, pos_per='head', backend=None, activation_options=None) # of `convert`, with their defaults
 
 def operation_for(
     system: str | None, # a key of `SYSTEMS`, or None for attention

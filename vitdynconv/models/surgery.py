@@ -252,7 +252,7 @@ def replace_mixer(
     "Put a new mixer, with the old one's weights, in an old one's place."
     old = model.get_submodule(path)
     tables = getattr(old, 'relative_position_bias_table', None)
-    grid = getattr(old, 'window_size', None) or getattr(old, 'kernel_grid', None) or (model.patch_embed.grid_size if isinstance(model, VisionTransformer) else None)
+    grid = getattr(old, 'window_size', None) or getattr(old, 'grid_size', None) or (model.patch_embed.grid_size if isinstance(model, VisionTransformer) else None)
     relative = pos == 'rel' or (pos is None and tables is not None)
     new = make(old, pos='rel' if relative else None, grid_size=grid, num_prefix_tokens=getattr(model, 'num_prefix_tokens', 0), **settings)
     parent, _, name = path.rpartition('.')
@@ -292,17 +292,17 @@ def convert(
     pos: str | None = None,                  # 'abs', 'rel' or 'none'; None: as the model has it
     class_token: bool | None = None,         # False: global average pooling; None: as the model has it
     pos_per: str = 'head',                   # depth-wise with relative position: a table a 'head' or a 'channel'
-    evaluate: Callable | None = None,        # how the mixers are computed; None: by the fastest evaluation known
+    backend: Callable | None = None,         # how the mixers are computed; None: by the fastest evaluation known
     activation_options: dict | None = None,  # the activation's own options, such as dict(scale='num_kernels')
 ) -> nn.Module:                              # the new model; its attribute `conversion` says what became of each weight
     "Exchange activation, kernel type, position and pooling. Softmax conversions compute what the model computed. ValueError, naming the module, for models with another attention."
     check_settings(model, activation, kernel, pos, class_token, pos_per)
-    how = dict(evaluate=evaluate) if evaluate else {}
+    how = dict(backend=backend) if backend else {}
     if kernel == 'depthwise': make, how = DepthwiseSelfAttention.from_timm, how | dict(pos_per=pos_per)
     else: make, how = DynamicConvAttention.from_timm, how | dict(activation=activation, activation_options=activation_options)
     named = activation if isinstance(activation, str) else type(activation).__name__
     new = operate(model, lambda new, path: replace_mixer(new, path, make, pos, **copy.deepcopy(how)), pos, class_token, activation=named, kernel=kernel)
-    return new if evaluate else accelerate(new)
+    return new if backend else accelerate(new)
 
 # %% ../../nbs/models/01_surgery.ipynb #7e751326
 def no_way_back(
@@ -313,7 +313,7 @@ def no_way_back(
     if isinstance(mixer, (Attention, WindowAttention)): return None
     if isinstance(mixer, DepthwiseSelfAttention): return 'is depth-wise and has no values'
     if type(mixer.act) is not Softmax: return f'has the activation {getattr(mixer.act, "name", type(mixer.act).__name__)!r}, not softmax'
-    if abs(mixer.act.scale * mixer.head_dim ** .5 - 1) > 1e-6: return f'has a softmax of temperature {1 / mixer.act.scale:g}, not sqrt({mixer.head_dim})'
+    if abs(mixer.act.factor * mixer.head_dim ** .5 - 1) > 1e-6: return f'has a softmax of temperature {1 / mixer.act.factor:g}, not sqrt({mixer.head_dim})'
     if mixer.selection is not None: return f'selects its kernels by {type(mixer.selection).__name__}'
     if not isinstance(model, SwinTransformer) and mixer.relative_position_bias_table is not None: return "has a relative position table, for which timm's Attention has no place"
 
@@ -325,7 +325,7 @@ def timm_mixer(
     "One mixer as timm's own module."
     head_dim = {} if mixer.head_dim * mixer.num_heads == mixer.dim else {'head_dim' if swin else 'attn_head_dim': mixer.head_dim}
     args = head_dim | dict(num_heads=mixer.num_heads, qkv_bias=mixer.qkv.bias is not None, attn_drop=mixer.attn_drop.p, proj_drop=mixer.proj_drop.p)
-    new = WindowAttention(mixer.dim, window_size=mixer.kernel_grid, **args) if swin else Attention(mixer.dim, proj_bias=mixer.proj.bias is not None, **args)
+    new = WindowAttention(mixer.dim, window_size=mixer.grid_size, **args) if swin else Attention(mixer.dim, proj_bias=mixer.proj.bias is not None, **args)
     if swin: nn.init.zeros_(new.relative_position_bias_table)
     else: new.q_norm, new.k_norm = copy.deepcopy(mixer.q_norm), copy.deepcopy(mixer.k_norm)
     new.to(mixer.qkv.weight).load_state_dict(new.state_dict() | mixer.state_dict())

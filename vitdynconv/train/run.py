@@ -60,9 +60,9 @@ def recipe_dls(
         raise ValueError(f'batch_size={recipe.batch_size} does not split over {world} processes x grad_accum={recipe.grad_accum}; '
                          f'take a multiple of {parts}')
     common = dict(rank=rank, world=world, device=device)
-    if data: return imagenet_dls(data, reader, recipe, **weights_images(recipe), **common)
-    channels = recipe.model_args.get('in_chans', 3)
-    return digits_dls(recipe.batch_size // recipe.grad_accum, seed=recipe.seed, size=recipe.input_size, channels=channels, **common)
+    if data: return imagenet_dls(data, reader, **recipe.arguments('data') | weights_images(recipe), **common)
+    part = recipe.batch_size // recipe.grad_accum
+    return digits_dls(part, seed=recipe.seed, size=recipe.img_size, channels=recipe.in_chans or 3, **common)
 
 # %% ../../nbs/train/05_run.ipynb #3bec32cb
 def recipe_model(
@@ -71,9 +71,8 @@ def recipe_model(
 ) -> nn.Module:
     "The model of a recipe, its random weights decided by the recipe's seed."
     set_seed(recipe.seed)
-    settings = dict(activation=recipe.activation, kernel=recipe.kernel, pos=recipe.pos, class_token=recipe.class_token,
-                    img_size=recipe.input_size, num_classes=recipe.num_classes, drop_rate=recipe.drop, drop_path_rate=recipe.drop_path)
-    return create_model(recipe.model, pretrained=pretrained and recipe.pretrained, **recipe.model_args | settings)
+    settings = recipe.model_args | recipe.arguments('model')
+    return create_model(recipe.model, pretrained=pretrained and recipe.pretrained, **settings)
 
 # %% ../../nbs/train/05_run.ipynb #896e5e22
 def check_out(
@@ -143,6 +142,7 @@ def run_learner(
     "Model, data and learner of a run, with all that watches over it. Makes the folder of a new run last."
     rank, world, device = start_processes(timeout)
     dls = recipe_dls(recipe, rank=rank, world=world, device=device, **run)
+    if recipe.num_classes is None: recipe = recipe.replace(num_classes=len(dls.vocab))
     model = recipe_model(recipe, pretrained=checkpoint is None)
     found = preflight(dls, model)
     if not rank and not (folder/'recipe.json').exists(): open_run(folder, recipe, run)
