@@ -145,3 +145,103 @@ def test_a_tree_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+
+
+# --- depth, rotation, crop
+
+
+def saved(array, kind, **options):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind, **options)
+    return Image.open(file)
+
+
+@pytest.mark.parametrize('dtype', ['uint16', '>u2', 'int32', 'float32'])
+@pytest.mark.parametrize('kind', ['png', 'tiff'])
+def test_deep_pictures_are_scaled_not_clipped(dtype, kind):
+    if kind == 'png' and dtype != 'uint16': pytest.skip('no such PNG')
+    ramp = np.arange(256).reshape(16, 16)
+    deep = (ramp / 255).astype(dtype) if dtype == 'float32' else (ramp * 257).astype(dtype)
+    pixels = np.array(as_rgb(saved(deep, kind)))
+    assert pixels.shape == (16, 16, 3) and (pixels == ramp[..., None]).all()
+
+
+def test_what_is_deeper_than_16_bits_is_unreadable_not_white():
+    with pytest.raises(ValueError, match='neither 8 nor 16 bits'): as_rgb(Image.fromarray(np.full((4, 4), 2**20, np.int32)))
+    with pytest.raises(ValueError, match='neither 8 nor 16 bits'): as_rgb(Image.fromarray(np.full((4, 4), -1, np.int32)))
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'YCbCr'])
+def test_shallow_pictures_are_converted_as_pillow_does(mode):
+    picture = Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).convert(mode)
+    assert (np.array(as_rgb(picture)) == np.array(picture.convert('RGB'))).all()
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_pictures_are_turned_upright(tmp_path, orientation):
+    "The stored pixels, turned by hand as the EXIF standard says, through every way to a batch."
+    upright = np.zeros((24, 40, 3), np.uint8)
+    upright[:8, :8] = 255   # the top left corner is white
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
+              6: np.rot90(upright), 7: upright.transpose(1, 0, 2)[::-1, ::-1], 8: np.rot90(upright, -1)}[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for split in 'train', 'val':
+        for i, name in enumerate('ab'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for j in range(2):
+                pixels = np.clip(stored.astype(int) + (split == 'val') * 3 + j + 2 * i, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f'{j}.png', exif=exif)
+    for reader, changes in (('', {}), ('torch/folder', dict(options=dict(search_split=True)))):
+        if reader: dls = imagenet_dls(tmp_path / 'val', reader, batch_size=2, input_size=24, workers=0, crop_pct=1.)
+        else: dls = imagenet_dls(tmp_path, batch_size=2, input_size=24, workers=0, crop_pct=1.)
+        picture, _ = dls.valid_ds.read(0)
+        assert picture.size == (40, 24)
+        assert np.array(picture)[:8, :8].mean() > 200 and np.array(picture)[:8, 32:].mean() < 50 and np.array(picture)[16:, :8].mean() < 50
+
+
+def test_damaged_exif_does_not_make_a_picture_unreadable():
+    picture = saved(np.zeros((4, 4, 3), np.uint8), 'png', exif=b'Exif\x00\x00MM\x00*\xff\xff\xff\xff')
+    assert as_rgb(picture).size == (4, 4)
+
+
+def test_the_evaluation_crop_is_what_crop_pct_says(tmp_path):
+    "A black picture in a white frame: the share that is shown tells the crop."
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[16:48, 16:48] = 0
+    for split in 'train', 'val':
+        for i, name in enumerate('ab'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for j in range(2):
+                pixels[0, 0] = (split == 'val', i, j)
+                Image.fromarray(pixels).save(tmp_path / split / name / f'{j}.png')
+    for crop, least, most in ((0.5, 0, 0.02), (1., 0.7, 0.8), (0.8, 0.55, 0.65)):
+        dls = imagenet_dls(tmp_path, batch_size=2, input_size=32, workers=0, crop_pct=crop, mean=(0,) * 3, std=(1,) * 3)
+        white = (dls.valid.one_batch()[0] > 0.5).float().mean()
+        assert least <= white <= most, (crop, white)
+
+
+def test_grey_loaders_for_grey_networks(tree):
+    grey, colour = tree_dls(tree, in_chans=1), tree_dls(tree)
+    x, c = grey.valid.one_batch()[0], colour.valid.one_batch()[0]
+    assert x.shape == (20, 1, 32, 32)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (colour.train_ds.mean, colour.train_ds.std))
+    by_hand = ((c * std + mean) * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True)
+    assert (x * grey.train_ds.std[0] + grey.train_ds.mean[0] - by_hand).abs().max() < 1 / 255
+    net = lambda channels: VisionTransformer(img_size=32, in_chans=channels, patch_size=8, embed_dim=24, depth=1, num_heads=1, num_classes=10)
+    preflight(grey, net(1)), preflight(colour, net(3)), preflight(digits_dls(), net(1))
+    for dls, channels, in_chans in ((grey, 3, None), (colour, 1, None), (digits_dls(), 3, None), (colour, 3, 1)):
+        with pytest.raises(ValueError, match=r'takes [13] channels but the images have [13]'): preflight(dls, net(channels), in_chans)
+    with pytest.raises(ValueError, match='in_chans=4'): tree_dls(tree, in_chans=4)
+
+
+def test_what_could_not_be_read_is_not_counted_as_evaluated(tree, tmp_path):
+    root = shutil.copytree(tree, tmp_path / 'some')
+    for file in sorted(root.glob('validation/5/*'))[:7]: file.write_bytes(file.read_bytes()[:300])
+    for workers in (0, 2):
+        dls = tree_dls(root, workers=workers)
+        seen = sum(len(y) for _, y in dls.valid)
+        assert seen == dls.valid.n_readable == 193 and len(dls.valid.skipped) == 7
+    parts = [tree_dls(root, rank=rank, world=2).valid for rank in range(2)]
+    for part in parts: assert sum(len(y) for _, y in part) == part.n_readable
+    assert sum(part.n_readable for part in parts) == 193

@@ -18,7 +18,7 @@ from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from timm.models.vision_transformer import VisionTransformer
 
-from vitdynconv.data import cluttered_digits_dls, digits_dls, fashion_dls
+from vitdynconv.data import cluttered_digits_dls, digits_dls
 from vitdynconv.data.imagenet import own_device
 from vitdynconv.data.tensors import TensorLoader
 
@@ -170,3 +170,140 @@ def test_loaders_pickle_and_move(tree):
     assert len(empty.train.dataset) == 0 and list(empty.vocab) == [str(i) for i in range(10)]
     held = digits_dls()
     assert isinstance(held.train, TensorLoader) and len(held.new_empty().valid.dataset) == 0
+
+
+# --- digits, held out and not
+
+
+def test_no_held_out_digit_is_trained_on(monkeypatch):
+    "Each digit is painted with its own number; so are the copies in the cluttered pictures."
+    from vitdynconv.data.digits import digits_split
+    x, y, train, valid = digits_split()
+    assert sorted(torch.cat([train, valid]).tolist()) == list(range(1797))
+    plain = digits_dls(size=8, shift=0)
+    assert torch.equal(plain.train_ds.pixels, x[train]) and torch.equal(plain.valid_ds.pixels, x[valid])
+    assert torch.equal(plain.train_ds.labels, y[train]) and torch.equal(plain.valid_ds.labels, y[valid])
+    used = []
+    def record(digits, *args): used.append(digits); return torch.zeros(len(digits), 3, 32, 32)
+    monkeypatch.setattr('vitdynconv.data.digits.clutter', record)
+    for held_out, share in (('test', x[valid]), ('tune', None)):
+        used.clear()
+        cluttered_digits_dls(copies=2, held_out=held_out)
+        fit, judged = (digits.view(2, -1, 64)[0] for digits in used)
+        if share is not None: assert torch.equal(fit, x[train].flatten(1)) and torch.equal(judged, share.flatten(1))
+        else: assert sorted(torch.cat([fit, judged]).tolist()) == sorted(x[train].flatten(1).tolist())
+        assert len(fit) + len(judged) == (1797 if share is not None else len(train))
+
+
+@pytest.mark.parametrize('make', [digits_dls, cluttered_digits_dls])
+def test_normalization_comes_from_the_training_images_alone(make):
+    dls = make()
+    pixels = dls.train_ds.pixels.double()
+    for data in (dls.train_ds, dls.valid_ds):
+        assert torch.allclose(torch.tensor(data.mean).double(), pixels.mean((0, 2, 3)), atol=1e-6)
+        assert torch.allclose(torch.tensor(data.std).double(), pixels.std((0, 2, 3)), atol=1e-6)
+    images = dls.train_ds.images.double()
+    assert images.mean((0, 2, 3)).abs().max() < 1e-5 and (images.std((0, 2, 3)) - 1).abs().max() < 1e-5
+    assert dls.valid_ds.images.double().mean((0, 2, 3)).abs().min() > 1e-4, 'held-out images have statistics of their own'
+
+
+def test_no_part_of_a_photograph_is_in_both_splits(monkeypatch):
+    "Photographs red on the left 60% and blue on the right 40%, digits without ink: training pictures hold no blue, held-out ones no red."
+    photos = np.zeros((2, 427, 640, 3), np.uint8)
+    photos[:, :, :384, 0], photos[:, :, 384:, 2] = 255, 255
+    blank = dict(images=np.zeros((1797, 8, 8)), target=np.arange(1797) % 10)
+    monkeypatch.setattr('vitdynconv.data.digits.load_sample_images', lambda: type('Photos', (), dict(images=list(photos))))
+    monkeypatch.setattr('vitdynconv.data.digits.load_digits', lambda: type('Digits', (), blank))
+    for held_out in 'test', 'tune':
+        dls = cluttered_digits_dls(copies=1, light=1., held_out=held_out)
+        train, valid = dls.train_ds.pixels, dls.valid_ds.pixels
+        assert train[:, 2].max() == 0 and valid[:, 0].max() == 0
+        assert train[:, 0].amax((1, 2)).min() > 0.9 and valid[:, 2].amax((1, 2)).min() > 0.9
+
+
+# --- fastai's own habits
+
+
+def small_learner(dls, loss=None):
+    "A plain fastai Learner, without anything of this library but the loaders."
+    torch.manual_seed(0)
+    x = dls.train.one_batch()[0]
+    model = VisionTransformer(img_size=x.shape[-1], in_chans=x.shape[1], patch_size=8, embed_dim=24, depth=1, num_heads=1, num_classes=10)
+    return Learner(dls, model, loss, metrics=accuracy)
+
+
+def few_digits(**changes):
+    dls = digits_dls(batch_size=64, **changes)
+    dls.train.dataset.pixels, dls.train.dataset.labels = dls.train_ds.pixels[:192], dls.train_ds.labels[:192]
+    return dls
+
+
+@pytest.mark.parametrize('callback', [MixUp, CutMix])
+def test_fastais_mixing_and_default_loss(callback):
+    learn = small_learner(few_digits())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=callback())
+    assert np.isfinite(learn.recorder.values[-1][0])
+
+
+@pytest.mark.parametrize('workers', [None, 0, 2])
+def test_tta_augments_for_a_while(tree, workers):
+    dls = few_digits() if workers is None else tree_dls(tree, workers=workers)
+    learn = small_learner(dls)
+    plain = list(dls.valid)
+    with learn.no_bar():
+        straight, targets = learn.get_preds()
+        averaged, same_targets = learn.tta(n=3)
+        best = learn.tta(n=3, use_max=True)[0]
+    assert torch.equal(targets, same_targets) and averaged.shape == straight.shape
+    assert 1e-5 < (averaged - straight).abs().mean() < 0.2 and (best >= straight).all()
+    assert dls.valid_ds.split_idx == 1 and same(plain, epoch(dls.valid)), 'augmentation ends with it'
+
+
+def test_augmented_validation_images_come_from_the_training_transform():
+    dls = few_digits(shift=1)
+    whole = torch.cat([x for x, _ in dls.valid])
+    with dls.valid_ds.set_split_idx(0): moved = torch.cat([x for x, _ in epoch(dls.valid, 3)])
+    stays = (whole == moved).flatten(1).all(1).float().mean()
+    assert 0.4 < stays < 0.7
+
+
+def test_vision_learner_needs_nothing_but_the_loaders():
+    from fastai.vision.learner import vision_learner
+    from torchvision.models import resnet18
+    dls = few_digits(channels=3, size=32)
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.model[-1][-1].out_features == 10 and len(dls.after_batch.fs) == 1
+
+
+def test_batch_transforms_added_in_fastais_way(tree):
+    from fastai.data.transforms import Normalize
+    from fastai.vision.augment import Flip, RandTransform
+    assert issubclass(Flip, RandTransform)
+    plain, dls = epoch(tree_dls(tree).train, 1), tree_dls(tree)
+    dls.add_tfms([Flip(p=1.)], 'after_batch')
+    flipped = epoch(dls.train, 1)
+    for (x, y), (x2, y2) in zip(plain, flipped, strict=True):
+        assert torch.equal(y, torch.as_tensor(y2)) and torch.allclose(x.flip(3), torch.as_tensor(x2), atol=1e-4)
+    for (x, _), (x2, _) in zip(flipped, epoch(dls.train, 1)): assert torch.equal(x, x2), 'the epoch decides'
+    for (x, _), (x2, _) in zip(dls.valid, tree_dls(tree).valid, strict=True):
+        assert (x.as_subclass(torch.Tensor) == x2).all(), 'held-out images are not flipped'
+    assert dls.after_batch.fs.filter(lambda t: isinstance(t, Normalize)), 'fastai adds no second normalization'
+
+
+@pytest.mark.parametrize('make', [digits_dls, cluttered_digits_dls])
+def test_held_tensors_predict_what_they_are_given(make):
+    dls = make(batch_size=64)
+    learn = small_learner(dls)
+    with learn.no_bar():
+        everything = learn.get_preds()[0]
+        name, number, probabilities = learn.predict(dls.valid_ds.images[5])
+    assert torch.allclose(probabilities, everything[5], atol=1e-5) and name == dls.vocab[int(number)]
+
+
+def test_new_images_in_every_form(tree):
+    dls = digits_dls(size=16)
+    picture = Image.fromarray((dls.valid_ds.pixels[3, 0] * 255).round().byte().numpy())
+    for item in (dls.valid_ds.images[3], picture, (dls.valid_ds.pixels[3] * 255).round().byte()):
+        made = dls.valid.new([item])
+        assert (made.dataset.pixels[0] - dls.valid_ds.pixels[3]).abs().max() < 0.003 and made.dataset.labels is None

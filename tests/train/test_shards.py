@@ -181,3 +181,87 @@ def test_unreadable_samples_of_shards_are_counted(shards, tmp_path):
     assert sum(len(y) for _, y in dls.valid) == 200 and len(dls.valid.skipped) == 1
 
 
+
+
+def write_many(root, shards, per_shard):
+    "Many shards, each image of which says its number in its pixels."
+    from io import BytesIO
+    from PIL import Image
+    info = {}
+    for split, first in (('train', 0), ('validation', 2**15)):
+        names = []
+        for shard in range(shards):
+            names.append(f'{split}-{shard:04d}.tar')
+            with tarfile.open(root / names[-1], 'w') as tar:
+                for i in range(per_shard):
+                    number, file = first + shard * per_shard + i, BytesIO()
+                    Image.new('RGB', (8, 8), (number // 256, number % 256, 0)).save(file, 'png')
+                    for ending, content in (('png', file.getvalue()), ('cls', str(number % 10).encode())):
+                        member = tarfile.TarInfo(f'{i:04d}.{ending}')
+                        member.size = len(content)
+                        tar.addfile(member, BytesIO(content))
+        info[split] = dict(name=split, filenames=names, shard_lengths=[per_shard] * shards, num_samples=shards * per_shard)
+    (root / '_info.json').write_text(json.dumps(dict(splits=info)))
+    return root
+
+
+def numbers_of(batches):
+    "The numbers in the pixels of a stream that is not normalized."
+    pixels = torch.cat([x for x, _ in batches]).mul(255).round().long()[:, :, 4, 4]
+    return pixels[:, 0] * 256 + pixels[:, 1], torch.cat([y for _, y in batches])
+
+
+def test_a_thousand_shards_for_four_processes(tmp_path):
+    "Each held-out image comes once, processes train on disjoint shards, and an epoch is its number."
+    root = write_many(tmp_path, 1000, 2)
+    settings = dict(input_size=8, batch_size=40, workers=2, world=4, rand_augment='', mean=(0,) * 3, std=(1,) * 3, random_erasing=0, crop_pct=1.)
+    held, trained, steps = [], [], set()
+    for rank in range(4):
+        dls = shard_dls(root, rank=rank, **settings)
+        numbers, labels = numbers_of(list(dls.valid))
+        assert torch.equal(numbers % 10, labels)
+        assert len(numbers) == dls.valid.n_readable == 500
+        held += numbers.tolist()
+        epochs = [numbers_of(epoch(dls.train, number))[0] for number in (1, 2)]
+        assert len(epochs[0]) == len(dls.train) * 10 and not torch.equal(*epochs)
+        assert torch.equal(epochs[1], numbers_of(epoch(shard_dls(root, rank=rank, **settings).train, 2))[0])
+        trained.append(set(epochs[0].tolist()))
+        steps.add(len(dls.train))
+    assert sorted(held) == list(range(2**15, 2**15 + 2000))
+    assert len(set.union(*trained)) == sum(map(len, trained)) > 1900
+    assert len(steps) == 1, 'every process makes the same number of steps'
+
+
+def test_deep_and_turned_pictures_of_a_stream(tmp_path):
+    "The reader hands over pictures as they are, so a stream treats them as a folder does."
+    from io import BytesIO
+    from PIL import ExifTags, Image
+    root = write_many(tmp_path, 1, 4)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with tarfile.open(root / 'validation-0000.tar', 'w') as tar:
+        for i in range(4):
+            file = BytesIO()
+            pixels = np.full((8, 8), 257 * 100, np.uint16)
+            pixels[:4] = 0   # black above; upright: black on the right
+            Image.fromarray(pixels).save(file, 'png', exif=exif)
+            for ending, content in (('png', file.getvalue()), ('cls', b'3')):
+                member = tarfile.TarInfo(f'{i}.{ending}')
+                member.size = len(content)
+                tar.addfile(member, BytesIO(content))
+    dls = shard_dls(root, input_size=8, batch_size=4, workers=1, mean=(0,) * 3, std=(1,) * 3, crop_pct=1.)
+    x = dls.valid.one_batch()[0][0]
+    assert (x[:, :, :4] * 255).round().eq(100).all() and x[:, :, 4:].eq(0).all()
+    grey = shard_dls(root, input_size=8, batch_size=4, workers=1, in_chans=1)
+    assert grey.valid.one_batch()[0].shape == (4, 1, 8, 8)
+
+
+def test_a_stream_knows_its_data(shards, tmp_path):
+    from vitdynconv.data import data_fingerprint, fingerprint_differences
+    before = data_fingerprint(shard_dls(shards))
+    assert before == data_fingerprint(shard_dls(shards, rank=1, world=2)), 'whatever the number of processes'
+    root = shutil.copytree(shards, tmp_path / 'shards')
+    info = json.loads((root / '_info.json').read_text())
+    info['splits']['train'] |= dict(filenames=info['splits']['train']['filenames'][:3], shard_lengths=[50] * 3, num_samples=150)
+    (root / '_info.json').write_text(json.dumps(info))
+    assert fingerprint_differences(before, data_fingerprint(shard_dls(root))) == ['the data set has 150 training images, not 200']
