@@ -121,7 +121,7 @@ def mix(a, y, seen):
     "One mixer, window by window."
     heads = lambda t: t.unflatten(3, (a.num_heads, a.head_dim)).transpose(2, 3)    # (b, windows, h, n, d)
     n = y.shape[2]
-    B = torch.zeros(a.num_heads, n, n).to(y) if a.bias() is None else a.bias()
+    B = torch.zeros(a.num_heads, n, n).to(y) if a.position() is None else a.position().bias()
     if isinstance(a, DepthwiseSelfAttention):
         q, k = map(heads, a.qk(y).chunk(2, -1))
         weights = (B.unflatten(0, (a.num_heads, -1)) * seen[:, :, :, None]) # (..., h, 1 or d, n, n)

@@ -52,10 +52,13 @@ class RecipeSchedule(ParamScheduler):
         start=1e-6,    # learning rate of the first step
         end=1e-5,      # after the last
         accumulate=1,  # batches in a step
-    ): store_attr()
+    ):
+        store_attr()
+        super().__init__({})
     def before_fit(self):
         others = [cb for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and cb is not self]
         self.run = not others
+        if self.learn.opt is None: return                      # in `validate` of a learner that never trained
         peaks = [hyper['lr'] for hyper in self.opt.hypers]     # one for each depth; the head's is the last
         self.shares = np.array(peaks) / peaks[-1]
         self.scheds = {'lr': warmup_cosine(peaks[-1], self.share, self.start, self.end)}
