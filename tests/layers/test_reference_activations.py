@@ -26,6 +26,25 @@ def test_the_reference_that_a_class_brings_along(name, options, mask):
     np.testing.assert_allclose(actual, expected, rtol=TOL, atol=TOL)
 
 
+@pytest.mark.parametrize("name, options", SETTINGS, ids=SETTING_NAMES)
+def test_the_reference_that_a_class_brings_along_can_be_differentiated(name, options):
+    """By the complex step, as `vdc_equiv` does: a formula must not lose the imaginary part."""
+    h, n, m = 3, 5, 7
+    act = make_activation(name, options, m)
+    arrays = dict(logits=random(h, n, m, size=6), bias=random(h, n, m, seed=1))
+    parameters = {key: p.detach().numpy() for key, p in act.named_parameters()}
+    cotangent = random(h, n, m, seed=2)
+
+    def brought_along(logits, bias):
+        return ACTIVATIONS[name].reference(logits, bias, **act.settings())
+
+    for key in arrays:
+        direction = random(h, n, m, seed=3)
+        expected = ref.slope(judge(name, options, DIM, **parameters), arrays, key, direction, cotangent)
+        actual = ref.slope(brought_along, arrays, key, direction, cotangent)
+        assert math.isclose(actual, expected, rel_tol=1e-11, abs_tol=1e-12), key
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("position", [False, True])
 @pytest.mark.parametrize("name, options", SETTINGS, ids=SETTING_NAMES)
