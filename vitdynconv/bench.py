@@ -299,7 +299,7 @@ def data_rows(
     workers: int,   # processes that decode
 ) -> Iterator[Row]:
     "An epoch of `imagenet_dls` against one of timm's `create_loader`."
-    from vitdynconv.data.shards import cluttered_digits_dls, imagenet_dls, keep_one_bit, write_imagefolder
+    from vitdynconv.data import cluttered_digits_dls, imagenet_dls, keep_one_bit, write_imagefolder
     with tempfile.TemporaryDirectory() as folder:
         root = write_imagefolder(cluttered_digits_dls(size=64, copies=1), Path(folder) / 'images', per_class=32)
         ours = imagenet_dls(root, batch_size=32, workers=workers).train

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import vitdynconv
 from .tools.cli import checked, command, exit_with_message
 from .tools.files import replacing
-from .data.shards import cluttered_digits_dls
+from .data import cluttered_digits_dls
 from .train.learner import create_learner
 from .models.paper import TABLE2
 from .models.registry import create_model

@@ -21,9 +21,10 @@ from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from timm.models.vision_transformer import VisionTransformer
 
-import vitdynconv.data.shards
-from vitdynconv.data.shards import (
-    TensorLoader, cluttered_digits_dls, devkit_labels, digits_dls, image_transforms, imagenet_dls, own_device, preflight, write_imagefolder)
+from vitdynconv.data import cluttered_digits_dls, digits_dls, imagenet_dls, preflight, write_imagefolder
+from vitdynconv.data.images import image_transforms
+from vitdynconv.data.loader import TensorLoader
+from vitdynconv.data.shards import devkit_labels, own_device
 from vitdynconv.train.recipes import RECIPES
 
 
@@ -48,13 +49,6 @@ def same(a, b):
 
 def states():
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-def test_one_address_for_data():
-    "Three notebooks, one place to import from; the two before know nothing of the third."
-    for module in (vitdynconv.data.digits, vitdynconv.data.images):
-        for name in module.__all__: assert getattr(vitdynconv.data.shards, name) is getattr(module, name)
-        assert 'vitdynconv.data.shards' not in Path(module.__file__).read_text()
 
 
 def test_vocab_and_items_are_documented(tree):

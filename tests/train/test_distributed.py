@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_train import TINY, TORCHRUN, rows_of, run, same_bytes, start, tree, wait_until  # noqa: F401 (a fixture)
 
 from vitdynconv.train.checkpoint import save_weights
-from vitdynconv.data.shards import digits_dls
+from vitdynconv.data import digits_dls
 from vitdynconv.train.evaluate import vdc_eval
 from vitdynconv.train.recipes import RECIPES
 from vitdynconv.train.run import recipe_dls, recipe_model

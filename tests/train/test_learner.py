@@ -19,7 +19,7 @@ from fastai.metrics import F1Score
 from timm.models import VisionTransformer
 
 from vitdynconv.tools.testing import assert_equal
-from vitdynconv.data.shards import digits_dls
+from vitdynconv.data import digits_dls
 from vitdynconv.train.callbacks import MeanLoss, accuracy, sum_over_processes
 from vitdynconv.train.learner import create_learner, parameter_groups
 from vitdynconv.train.logbook import StepLog, peak_memory

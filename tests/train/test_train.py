@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vitdynconv.train.checkpoint import CheckpointError, RunStopped, load_checkpoint, save_weights
-from vitdynconv.data.shards import imagenet_dls
+from vitdynconv.data import imagenet_dls
 from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_weights, vdc_eval
 from vitdynconv.train.callbacks import warmup_cosine

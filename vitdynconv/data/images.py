@@ -24,7 +24,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from .digits import EpochLoader, kept_randomness, seed_from
+from .loader import EpochLoader, kept_randomness, seed_from
 
 # %% ../../nbs/data/03_images.ipynb #69b45849
 @contextmanager
@@ -52,13 +52,13 @@ def write_imagefolder(
     "Write held tensors as a tree of JPEG files: `train/3/00017.jpg`."
     with folder_in_one_piece(root) as draft:
         for split, loader in zip(('train', 'validation'), dls.loaders):
-            seen = {}
+            images, seen = loader.dataset.images, {}
             for index, label in enumerate(loader.dataset.labels.tolist()):
                 seen[label] = seen.get(label, 0) + 1
                 if per_class and seen[label] > per_class: continue
                 file = draft / split / loader.vocab[label] / f'{index:05d}.jpg'
                 file.parent.mkdir(parents=True, exist_ok=True)
-                pixels = loader.decode(loader.dataset.images[index:index + 1])[0].expand(3, -1, -1).permute(1, 2, 0)
+                pixels = loader.decode(images[index:index + 1])[0].expand(3, -1, -1).permute(1, 2, 0)
                 Image.fromarray((pixels.numpy() * 255).round().astype(np.uint8)).save(file, quality=quality)
     return Path(root)
 

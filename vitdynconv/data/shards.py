@@ -23,8 +23,8 @@ from scipy.io import loadmat
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from .digits import *
-from .images import *
+from .images import IMAGE_SETTINGS, UNREADABLE, ImageLoader, ImageSet, collate_readable, image_transforms
+from .loader import kept_randomness, own_share, seed_from
 
 # %% ../../nbs/data/04_shards.ipynb #100adc69
 SPLITS = {'train': ('train', 'training', 'ILSVRC2012_img_train'),

@@ -19,7 +19,7 @@ from ..tools.cli import checked, command, exit_with_message  # first: it silence
 from ..tools.files import replacing, save_rows
 from fastai.basics import *
 from .checkpoint import CheckpointError, Checkpoints, RunStopped, load_checkpoint, restore, save_weights, score
-from ..data.shards import digits_dls, imagenet_dls, preflight
+from ..data import digits_dls, imagenet_dls, preflight
 from .learner import create_learner, start_processes
 from .logbook import TRACKERS, EachEpoch, FiniteLoss, StepLog, check_trackers, plot_history
 from ..models.registry import create_model
