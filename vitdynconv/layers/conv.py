@@ -50,9 +50,10 @@ def dynamic_conv(
 def dynamic_conv_grouped(
     x: Tensor,       # (b, d, h, w) feature map
     kernels: Tensor, # (b, m, d) a bank of m 1x1 kernels for each image
-) -> Tensor:         # (b, m, h, w) one channel a kernel
+) -> Tensor:         # (b, m, h, w) one channel per kernel
     "`dynamic_conv` by a literal `F.conv2d`: the images become groups of channels of one wide image."
     b, d, h, w = x.shape
     m = kernels.shape[1]
+    if b == 0: return dynamic_conv(x, kernels)   # F.conv2d refuses zero groups
     y = F.conv2d(x.reshape(1, b * d, h, w), kernels.reshape(b * m, d, 1, 1), groups=b)
     return y.reshape(b, m, h, w)

@@ -4,37 +4,41 @@
 
 # %% auto #0
 __all__ = ['rel_pos_index', 'table_to_bias', 'table_to_kernel', 'kernel_to_table', 'resize_table', 'resize_per_kernel',
-           'RelPosBias']
+           'RelativePosition']
 
 # %% ../../nbs/layers/03_position.ipynb #fb4eac61
 import warnings
 from functools import partial
+from typing import NamedTuple
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table, to_2tuple, trunc_normal_
+from timm.layers import resize_rel_pos_bias_table
 
 # %% ../../nbs/layers/03_position.ipynb #a0710bba
 def rel_pos_index(
     grid_size: tuple[int, int], # (H, W)
+    device=None,                # where the result lives
 ) -> Tensor:                    # (H*W, H*W) long: the table's row for each pair (i, j), i the query
     "Which entry of the table belongs to positions i and j: the offset i - j, shifted to start at zero (Swin's order)."
     h, w = grid_size
-    y, x = torch.arange(h * w) // w, torch.arange(h * w) % w
+    position = torch.arange(h * w, device=device)
+    y = position // w
+    x = position % w
     return (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
 
 # %% ../../nbs/layers/03_position.ipynb #91cbacba
 def table_to_bias(
-    table: Tensor,               # ((2H-1)(2W-1), c): one number an offset, for each head or channel
+    table: Tensor,               # ((2H-1)(2W-1), c): one number per offset, for each head or channel
     grid_size: tuple[int, int],  # (H, W)
     num_prefix_tokens: int = 0,  # class and register tokens in front: zero rows and columns
-    index: Tensor | None = None, # `rel_pos_index(grid_size)`, if at hand
 ) -> Tensor:                     # (c, n, n) with n = num_prefix_tokens + H*W
     "The bias matrix B of Eq. 4."
     n = grid_size[0] * grid_size[1]
-    index = rel_pos_index(grid_size).to(table.device) if index is None else index
-    bias = table[index.flatten()].reshape(n, n, -1).permute(2, 0, 1)
-    return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0)) if num_prefix_tokens else bias.contiguous()
+    index = rel_pos_index(grid_size, table.device)
+    bias = table[index.flatten()].reshape(n, n, table.shape[1]).permute(2, 0, 1)
+    if num_prefix_tokens == 0: return bias.contiguous()
+    return F.pad(bias, (num_prefix_tokens, 0, num_prefix_tokens, 0))
 
 # %% ../../nbs/layers/03_position.ipynb #ffde1c04
 def table_to_kernel(
@@ -71,51 +75,33 @@ def resize_table(
 
 # %% ../../nbs/layers/03_position.ipynb #6b4a84cd
 def resize_per_kernel(
-    weight: Tensor,             # (num_prefix_tokens + H*W,) one entry a kernel
+    weight: Tensor,             # (num_prefix_tokens + H*W, ...) one entry per kernel
     old_grid: tuple[int, int],  # (H, W)
     new_grid: tuple[int, int],  # (H', W')
     num_prefix_tokens: int = 0, # entries in front that stay as they are
-) -> Tensor:                    # (num_prefix_tokens + H'*W',)
-    "Per-kernel weights (LayerNorm over kernels) for another grid, by bicubic interpolation of the grid's part."
+) -> Tensor:                    # (num_prefix_tokens + H'*W', ...)
+    "Per-kernel weights (LayerNorm over kernels) for another grid, by bicubic interpolation of the grid's part. Unchanged if the grid is."
+    if tuple(old_grid) == tuple(new_grid): return weight
     prefix, grid = weight[:num_prefix_tokens], weight[num_prefix_tokens:]
-    grid = F.interpolate(grid.float().reshape(1, 1, *old_grid), tuple(new_grid), mode='bicubic', antialias=True, align_corners=False)
-    return torch.cat([prefix, grid.flatten().to(weight.dtype)])
+    image = grid.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, tuple(new_grid), mode='bicubic', antialias=True, align_corners=False)
+    return torch.cat([prefix, image[0].flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)])
 
 # %% ../../nbs/layers/03_position.ipynb #48f04c39
-class RelPosBias(nn.Module):
-    "Owner of `relative_position_bias_table`, ((2H-1)(2W-1), num_tables), one table a head (or a channel); none if `grid_size` is None."
-    def __init__(self,
-        grid_size: int | tuple[int, int] | None, # (H, W) of the map or window; None for no relative position
-        num_tables: int = 1,                     # heads, or channels
-        num_prefix_tokens: int = 0,              # class and register tokens in front, which carry no bias
-        device=None, dtype=None,
-    ):
-        super().__init__()
-        self.num_tables, self.num_prefix_tokens = num_tables, num_prefix_tokens
-        self.grid_size = self.relative_position_bias_table = None
-        self.register_buffer('relative_position_index', None, persistent=False)
-        if grid_size is None: return
-        self.grid_size = h, w = to_2tuple(grid_size)
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), num_tables, device=device, dtype=dtype))
-        self.relative_position_index = rel_pos_index(self.grid_size).to(device)
-        trunc_normal_(self.relative_position_bias_table, std=.02)
+class RelativePosition(NamedTuple):
+    "A relative position table with its grid: what an operator needs to know to add the position term."
+    table: Tensor               # ((2H-1)(2W-1), c), one table for each head (or channel)
+    grid_size: tuple[int, int]  # (H, W)
+    num_prefix_tokens: int = 0  # class and register tokens in front, which carry no bias
 
-    def bias(self) -> Tensor | None:
-        "(num_tables, n, n) with zero rows and columns for the prefix tokens; None without a table."
-        if self.relative_position_bias_table is None: return None
-        return table_to_bias(self.relative_position_bias_table, self.grid_size, self.num_prefix_tokens, self.relative_position_index)
+    def bias(self) -> Tensor:
+        "(c, n, n) with zero rows and columns for the prefix tokens"
+        return table_to_bias(self.table, self.grid_size, self.num_prefix_tokens)
 
-    def kernel(self) -> Tensor | None:
-        "(num_tables, 2H-1, 2W-1), a static depth-wise kernel; None without a table."
-        return None if self.relative_position_bias_table is None else table_to_kernel(self.relative_position_bias_table, self.grid_size)
+    def kernel(self) -> Tensor:
+        "(c, 2H-1, 2W-1), a static depth-wise kernel"
+        return table_to_kernel(self.table, self.grid_size)
 
-    def set_grid_size(self,
-        grid_size: int | tuple[int, int], # (H', W')
-    ) -> None:
-        "Move to another grid: the table is resized, timm's way."
-        grid_size = to_2tuple(grid_size)
-        if self.relative_position_bias_table is None or grid_size == self.grid_size: return
-        table = self.relative_position_bias_table
-        self.relative_position_bias_table = nn.Parameter(resize_table(table.detach(), self.grid_size, grid_size), table.requires_grad)
-        self.relative_position_index = rel_pos_index(grid_size).to(table.device)
-        self.grid_size = grid_size
+    def resized(self, grid_size: tuple[int, int]) -> 'RelativePosition':
+        "The same table for another grid, timm's way."
+        return self._replace(table=resize_table(self.table, self.grid_size, grid_size), grid_size=tuple(grid_size))
