@@ -9,6 +9,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     paper="PAPER_BASES TABLE1 TABLE2 TABLE3 TABLE4",
     registry="create_model paper_model",
     surgery="convert to_timm",
+    systems="SYSTEMS exchange",
+    weights="checkpoint_filter_fn",
 )
 
 if "timm" in sys.modules:  # the registry of timm can be filled at once; before, it is filled with the first name used

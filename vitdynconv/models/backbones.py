@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'BACKBONES', 'rebuilt', 'set_module', 'Converted', 'Place', 'obstacle', 'Backbone', 'moved_layers',
-           'DynamicConvViT', 'DynamicConvDistilledViT', 'ViTBackbone', 'set_pooling', 'DistilledBackbone', 'to_windows',
-           'from_windows', 'DynamicConvSwinBlock', 'WholeMapBlock', 'DynamicConvSwin', 'PositionedPatchEmbed',
-           'SwinBackbone', 'MapMixer', 'size_after', 'DynamicConvConvNeXt', 'ConvNeXtBackbone', 'hold_static_kernel',
-           'dilated', 'backbone_of', 'backbone_class', 'find_mixers']
+           'ConvMixer', 'DynamicConvViT', 'DynamicConvDistilledViT', 'ViTBackbone', 'set_pooling', 'DistilledBackbone',
+           'to_windows', 'from_windows', 'DynamicConvSwinBlock', 'WholeMapBlock', 'DynamicConvSwin',
+           'PositionedPatchEmbed', 'SwinBackbone', 'without_mask', 'with_mask', 'MapMixer', 'size_after',
+           'DynamicConvConvNeXt', 'ConvNeXtBackbone', 'hold_static_kernel', 'dilated', 'backbone_of', 'backbone_class',
+           'find_mixers']
 
 # %% ../../nbs/models/01_backbones.ipynb #bb000im
 import re
 from dataclasses import dataclass
+from typing import Callable
 import timm
 import torch
 from fastcore.basics import patch
@@ -20,7 +22,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models import register_notrace_module
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn, Tensor
 from ..layers.activations import Softmax
 from ..layers.attention import DynamicConvAttention, copy_module, layer_size
@@ -115,9 +117,15 @@ class Backbone:
 
     def __init__(self, model: nn.Module): self.model = model
 
+    @classmethod
+    def feature_settings(cls, kwargs: dict) -> dict:
+        "timm's settings of `features_only` for a model with these arguments."
+        given = {'out_indices': kwargs.pop('out_indices')} if 'out_indices' in kwargs else {}
+        return cls.features | given
+
     def find_blocks(self) -> dict[str, nn.Module]:
         "Path -> block."
-        return {n: m for n, m in self.model.named_modules() if re.fullmatch(self.blocks, n)}
+        return {n: m for n, m in self.model.named_modules(remove_duplicate=False) if re.fullmatch(self.blocks, n)}
 
     def mixers(self) -> dict[str, nn.Module]:
         "Path -> token mixer, in order; a mixer that stands in two places is listed twice. ValueError for another kind of attention."
@@ -173,9 +181,10 @@ def make(self: Backbone, place: Place, cls: type, **settings) -> tuple[nn.Module
     return new, moved
 
 @patch
-def put(self: Backbone, place: Place, mixer: nn.Module) -> None:
-    "Place a mixer of tokens, (b, n, dim) to the same."
+def put(self: Backbone, place: Place, mixer: nn.Module) -> str:
+    "Place a mixer of tokens, (b, n, dim) to the same; returns its path."
     set_module(self.model, place.path, mixer)
+    return place.path
 
 @patch
 def set_position(self: Backbone, pos: str) -> None: "Give the model its absolute position embedding, or take it away."
@@ -220,6 +229,51 @@ def timm_mixer(self: Backbone, mixer: DynamicConvAttention) -> nn.Module:
     width = {} if inner == mixer.dim else dict(attn_head_dim=mixer.head_dim)
     new = Attention(mixer.dim, mixer.num_heads, attn_drop=mixer.attn_drop.p, proj_drop=mixer.proj_drop.p, device='meta', **width)
     return moved_layers(new, mixer, ('qkv', 'q_norm', 'k_norm', 'proj'))
+
+# %% ../../nbs/models/01_backbones.ipynb #a295fea1
+@register_notrace_module
+class ConvMixer(nn.Module):
+    "A convolution of maps as the token mixer of a block: tokens (b, n, c) to map, static conv, `conv`, static conv, and back."
+    live_grid = None # (H, W) of the image at hand where sizes are dynamic, set by the model
+
+    def __init__(self,
+        dim: int,                   # channels
+        conv: nn.Module,            # (b, dim, H, W) to the same: `DynamicConv2d`, `DynamicDepthwiseConv2d`, ...
+        grid_size: tuple[int, int], # (H, W) on which the tokens lie
+        static: bool = True,        # static 1x1 convolutions before and after, for convolutions that keep channels apart
+        proj_drop: float = 0.,      # dropout on the output
+    ):
+        super().__init__()
+        self.grid_size, self.conv = tuple(grid_size), conv
+        self.value = nn.Linear(dim, dim) if static else nn.Identity()
+        self.proj = nn.Linear(dim, dim) if static else nn.Identity()
+        self.proj_drop = nn.Dropout(proj_drop)
+        for layer in self.value, self.proj: init_weights_vit_timm(layer)
+
+    def set_grid_size(self, grid_size: tuple[int, int]) -> None:
+        "Move to another grid; no parameter depends on it."
+        self.grid_size = tuple(grid_size)
+
+# %% ../../nbs/models/01_backbones.ipynb #a295feb2
+@patch
+def forward(self: ConvMixer, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    "(b, n, dim) to (b, n, dim). ValueError for a mask: a convolution sees its neighbourhood, whatever the mask says."
+    if attn_mask is not None or is_causal: raise ValueError('a convolution cannot take a mask; use a model with attention for masked images')
+    tokens = self.value(x).mT.unflatten(2, self.live_grid or self.grid_size)   # (b, dim, H, W)
+    return self.proj_drop(self.proj(self.conv(tokens).flatten(2).mT))
+
+# %% ../../nbs/models/01_backbones.ipynb #sys02pu
+@patch
+def put_whole(self: Backbone, place: Place, mixer: nn.Module) -> None:
+    "Place a mixer of all tokens of a map."
+    self.put(place, mixer)
+
+@patch
+def put_conv(self: Backbone, place: Place, conv: nn.Module, static: bool) -> None:
+    "Place a convolution of maps, between static convolutions if `static`."
+    like = next(place.mixer.parameters())
+    mixer = ConvMixer(place.dim, conv, place.map_grid or place.grid, static, place.mixer.proj_drop.p)
+    self.put_whole(place, mixer.to(like).train(place.mixer.training))
 
 # %% ../../nbs/models/01_backbones.ipynb #bb006mo
 class DynamicConvViT(Converted, VisionTransformer):
@@ -414,7 +468,11 @@ class SwinBackbone(Backbone):
     blocks = r'layers\.\d+\.blocks\.\d+'
     positions = (None, 'abs', 'rel', 'none')
     class_tokens = (None, False)
-    features = dict(flatten_sequential=True)
+
+    @classmethod
+    def feature_settings(cls, kwargs):
+        stages = len(kwargs['depths']) if 'depths' in kwargs else 4
+        return dict(flatten_sequential=True, out_indices=kwargs.pop('out_indices', tuple(range(stages))))
 
     def block_of(self, path: str) -> nn.Module: return self.model.get_submodule(path.rpartition('.')[0])
 
@@ -433,18 +491,32 @@ class SwinBackbone(Backbone):
 # %% ../../nbs/models/01_backbones.ipynb #bb012pr
 @patch
 def prepare(self: SwinBackbone) -> None:
-    for path, block in self.find_blocks().items():
-        if type(block) is not SwinTransformerBlock: continue
-        del block.attn_mask
-        set_module(self.model, path, rebuilt(block, DynamicConvSwinBlock))
+    self.exchange_blocks(SwinTransformerBlock, without_mask)
 
 @patch
 def restore(self: SwinBackbone) -> None:
+    self.exchange_blocks(DynamicConvSwinBlock, with_mask)
+
+@patch
+def exchange_blocks(self: SwinBackbone, cls: type, exchange: Callable) -> None:
+    "Exchange all blocks of exactly this class; a block that stands in two places is exchanged once."
+    done = {}
     for path, block in self.find_blocks().items():
-        block = rebuilt(block, SwinTransformerBlock)
-        del block.made_mask
-        block.reset_parameters()   # makes the mask
-        set_module(self.model, path, block)
+        if type(block) is not cls: continue
+        if id(block) not in done: done[id(block)] = block, exchange(block)
+        set_module(self.model, path, done[id(block)][1])
+
+def without_mask(block: SwinTransformerBlock) -> DynamicConvSwinBlock:
+    "timm's block as ours."
+    del block.attn_mask
+    return rebuilt(block, DynamicConvSwinBlock)
+
+def with_mask(block: DynamicConvSwinBlock) -> SwinTransformerBlock:
+    "Our block as timm's, with its buffer."
+    block = rebuilt(block, SwinTransformerBlock)
+    vars(block).pop('made_mask', None)
+    block.reset_parameters()   # makes the mask
+    return block
 
 # %% ../../nbs/models/01_backbones.ipynb #bb012po
 @patch
@@ -560,8 +632,13 @@ def make(self: ConvNeXtBackbone, place: Place, cls: type, num_heads: int | None 
     return mixer, moved
 
 @patch
-def put(self: ConvNeXtBackbone, place: Place, mixer: nn.Module) -> None:
+def put(self: ConvNeXtBackbone, place: Place, mixer: nn.Module) -> str:
     set_module(self.model, place.path, MapMixer(mixer))
+    return f'{place.path}.mixer'
+
+@patch
+def put_conv(self: ConvNeXtBackbone, place: Place, conv: nn.Module, static: bool) -> None:
+    set_module(self.model, place.path, conv)
 
 @patch
 def why_not_timms_mixer(self: ConvNeXtBackbone, mixer: nn.Module) -> str | None:
