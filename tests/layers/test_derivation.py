@@ -16,7 +16,7 @@ from vitdynconv.layers.conv import dynamic_conv, dynamic_conv_grouped
 from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from vitdynconv.layers.equivalence import attention, attention_as_convs, attention_to_convs, convs_to_attention
-from vitdynconv.layers.position import RelPosBias, kernel_to_table, table_to_bias, table_to_kernel
+from vitdynconv.layers.position import RelativePosition, kernel_to_table, table_to_bias, table_to_kernel
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 small, names = st.integers(1, 6), st.sampled_from(list(ACTIVATIONS))
@@ -105,12 +105,11 @@ def test_the_bias_is_a_depthwise_convolution(h, w, heads, d, prefix):
 
 @pytest.mark.parametrize('window', [(4, 4), (3, 5)])
 def test_timm_bias_before_and_after_a_resize(window):
-    theirs, ours = WindowAttention(8, 2, window_size=window), RelPosBias(window, 2)
-    ours.load_state_dict({'relative_position_bias_table': theirs.relative_position_bias_table})
+    theirs = WindowAttention(8, 2, window_size=window)
+    ours = RelativePosition(theirs.relative_position_bias_table.detach().clone(), window)
     assert torch.equal(ours.bias(), theirs._get_rel_pos_bias()[0])
     theirs.set_window_size((6, 7))
-    ours.set_grid_size((6, 7))
-    assert torch.equal(ours.bias(), theirs._get_rel_pos_bias()[0])
+    assert torch.equal(ours.resized((6, 7)).bias(), theirs._get_rel_pos_bias()[0])
 
 
 @pytest.mark.parametrize('layout', ['timm', 'torch'])

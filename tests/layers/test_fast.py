@@ -14,13 +14,18 @@ from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attent
 from vitdynconv.layers.equivalence import attention
 from vitdynconv.fast.dispatch import accelerate, by_fft, by_fourier_rows, dynamic_conv_attention, fast_depthwise_attention
 from vitdynconv.models.registry import create_model
-from vitdynconv.layers.position import RelPosBias
+from vitdynconv.layers.position import RelativePosition
 
 
 def bank(b, h, n, d, dtype=torch.float64, seed=0):
     "Queries, keys and values as a projection leaves them: views into one tensor."
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(b, n, 3, h, d, generator=generator, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def random_position(grid, tables, prefix=0, dtype=torch.float64):
+    table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1), tables, dtype=dtype, generator=torch.Generator().manual_seed(3)) / 50
+    return RelativePosition(nn.Parameter(table), grid, prefix)
 
 
 def random_activation(name, n, d):
@@ -35,9 +40,9 @@ def random_activation(name, n, d):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_large_maps_in_float64(name):
     q, k, v = bank(1, 2, 197, 16)
-    act, position = random_activation(name, 197, 16).double(), RelPosBias(14, 2, num_prefix_tokens=1).double()
-    params = [(p, p) for p in [*act.parameters(), *position.parameters()]]
-    diff = difference(lambda *x: dynamic_conv_attention(*x, act, position), lambda *x: attention(*x, act, position), q, k, v, params=params)
+    act, position = random_activation(name, 197, 16).double(), random_position((14, 14), 2, 1)
+    params = [(p, p) for p in [*act.parameters(), position.table]]
+    diff = difference(lambda *x: dynamic_conv_attention(*x, act, position=position), lambda *x: attention(*x, act, position=position), q, k, v, params=params)
     assert max(diff) < 1e-11  # sums over 197 kernels, gradients of size ten and more
 
 
@@ -71,12 +76,12 @@ def test_autocast(name):
 def test_autocast_in_training_windows(name, masked):
     "Few logits are stored for the backward pass; position and parameters stay in float32. Output and gradients are those of float32."
     q, k, v = [t.detach().requires_grad_() for t in bank(2, 2, 49, 32, torch.float32)]
-    act, position = random_activation(name, 49, 32), RelPosBias(7, 2)
+    act, position = random_activation(name, 49, 32), random_position((7, 7), 2, dtype=torch.float32)
     mask = torch.rand(2, 1, 49, 49, generator=torch.Generator().manual_seed(2)) < .7 if masked else None
-    exact = attention(q, k, v, act, position, mask)
-    with torch.autocast("cpu", torch.bfloat16): y = dynamic_conv_attention(q, k, v, act, position, mask)
+    exact = attention(q, k, v, act, None, mask, position)
+    with torch.autocast("cpu", torch.bfloat16): y = dynamic_conv_attention(q, k, v, act, None, mask, position)
     assert y.dtype == torch.bfloat16 and ((y - exact).norm() / exact.norm()).item() < 5e-2
-    inputs, limit = [q, k, v, *position.parameters(), *act.parameters()], .25 if name == "sparsemax" else 5e-2  # sparsemax's slope jumps where a kernel joins
+    inputs, limit = [q, k, v, position.table, *act.parameters()], .25 if name == "sparsemax" else 5e-2  # sparsemax's slope jumps where a kernel joins
     for g, expected in zip(*(torch.autograd.grad(out, inputs, 2 * exact.detach().to(out.dtype)) for out in (y, exact))):
         assert g.dtype == torch.float32 and ((g - expected).norm() / expected.norm()).item() < limit
 
@@ -101,7 +106,7 @@ def test_leading_axes_and_names():
 
 def test_wrong_shapes_are_refused():
     q, k, v = bank(1, 2, 10, 4)
-    with pytest.raises(ValueError, match="grid of 3 x 4"): dynamic_conv_attention(q, k, v, "scaling", RelPosBias((3, 4), 2).double())
+    with pytest.raises(ValueError, match="grid of 3 x 4"): dynamic_conv_attention(q, k, v, "scaling", position=random_position((3, 4), 2))
     with pytest.raises(ValueError, match="weights for 9 kernels"): dynamic_conv_attention(q, k, v, create_activation("ln", num_kernels=9).double())
     with pytest.raises(ValueError, match="keys .* and values"): dynamic_conv_attention(q, k, v[:, :, 1:], "scaling")
 
@@ -122,10 +127,9 @@ def test_fast_models_compute_what_literal_ones_do(settings):
     quick = create_model("deit_tiny_patch16_224", num_classes=5, depth=2, img_size=96, **settings)
     slow = copy.deepcopy(quick)
     for m in slow.modules():
-        if getattr(m, "evaluate", None) is dynamic_conv_attention: m.evaluate = attention
-        if getattr(m, "evaluate", None) is fast_depthwise_attention: m.evaluate = depthwise_attention
-        if type(m) is fast.Projection: m.__class__ = nn.Linear
-    assert any(type(m) is fast.Projection for m in quick.modules()) and slow.state_dict().keys() == quick.state_dict().keys()
+        if getattr(m, "backend", None) is dynamic_conv_attention: m.backend = attention
+        if getattr(m, "backend", None) is fast_depthwise_attention: m.backend = depthwise_attention
+    assert slow.state_dict().keys() == quick.state_dict().keys()
     x = torch.randn(2, 3, 96, 96)
     assert max(difference(quick.double(), slow.double(), x.double(), params=zip(quick.parameters(), slow.parameters()))) < 1e-8  # gradients of the first layer are large
     quick.float(), slow.float()
@@ -139,7 +143,7 @@ def test_swin_with_shifted_windows(kind):
     quick = create_model("swin_tiny_patch4_window7_224", num_classes=5, img_size=112, depths=(2, 2), num_heads=(2, 4), embed_dim=16, drop_path_rate=0., **options).double()
     slow = copy.deepcopy(quick)
     for m in slow.modules():
-        if hasattr(m, "evaluate"): m.evaluate = depthwise_attention if kind == "depthwise" else attention
+        if hasattr(m, "backend"): m.backend = depthwise_attention if kind == "depthwise" else attention
     x = torch.randn(1, 3, 112, 112, dtype=torch.float64)
     for mode in (True, False):
         quick.train(mode), slow.train(mode)

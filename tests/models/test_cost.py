@@ -150,10 +150,10 @@ def test_products_are_counted_whatever_they_are_called():
 def test_a_learner_is_counted_by_its_model_and_left_as_it_was():
     model = convert(timm.create_model('vit_tiny_patch16_224', img_size=64, depth=2), 'scaling', pos='rel')
     model.blocks[0].eval()
-    before = [m.training for m in model.modules()], [m.evaluate for m in model.modules() if hasattr(m, 'evaluate')], {n: p.clone() for n, p in model.state_dict().items()}
+    before = [m.training for m in model.modules()], [m.backend for m in model.modules() if hasattr(m, 'backend')], {n: p.clone() for n, p in model.state_dict().items()}
     learner = Learner(DataLoaders([], []), model, loss_func=nn.CrossEntropyLoss())
     assert count(learner, form='literal').total == count(model, 64, form='literal').total
-    assert [m.training for m in model.modules()] == before[0] and [m.evaluate for m in model.modules() if hasattr(m, 'evaluate')] == before[1]
+    assert [m.training for m in model.modules()] == before[0] and [m.backend for m in model.modules() if hasattr(m, 'backend')] == before[1]
     assert all(torch.equal(p, before[2][n]) for n, p in model.state_dict().items())
     with pytest.raises(ValueError, match='img_size'): count(model, 96)
     assert [m.training for m in model.modules()] == before[0]

@@ -192,11 +192,11 @@ def test_options_reach_the_activation():
 
 def test_the_definition_can_be_asked_for():
     model = vit()
-    slow = convert(model, 'ln_relu', pos='rel', evaluate=attention)
-    assert all(b.attn.evaluate is attention for b in slow.blocks)
+    slow = convert(model, 'ln_relu', pos='rel', backend=attention)
+    assert all(b.attn.backend is attention for b in slow.blocks)
     fast = convert(model, 'ln_relu', pos='rel')
     fast.load_state_dict(slow.state_dict())
-    assert fast.blocks[0].attn.evaluate is not attention
+    assert fast.blocks[0].attn.backend is not attention
     assert_equal(fast(images(model)), slow(images(model)), tol=1e-11)
 
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
-from ..layers.activations import Activation, KernelLayerNorm, KernelLayerNormReLU, Pointwise, Softmax, SoftmaxPlusOne, Sparsemax
+from ..layers.activations import ACTIVATIONS, Activation, KernelLayerNorm, KernelLayerNormReLU, Pointwise, Softmax, SoftmaxPlusOne, Sparsemax
 from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention, check_depthwise, depthwise_attention
 from ..layers.equivalence import as_activation, attention, check_shapes
-from ..layers.position import RelPosBias
+from ..layers.position import RelativePosition
 
 # %% ../../nbs/fast/04_dispatch.ipynb #b6982898
 def _find_onednn(name):
@@ -411,11 +411,11 @@ def position_way(
 
 def relative_position(
     v: Tensor,                # (b, h, n, d) values; keys, in depth-wise attention
-    bias: Tensor | nn.Module, # (h, n, n), (h*d, n, n), or the `RelPosBias` that owns the table
+    bias: Tensor | RelativePosition, # (h, n, n), (h*d, n, n), or a table with its grid
 ) -> Tensor:                  # (b, h, n, d)
     "`B V`, the position term of Eq. 4 and 5, without B where its table is at hand."
     if isinstance(bias, Tensor): return by_matrix(v, bias)
-    table, grid, prefix = bias.relative_position_bias_table, bias.grid_size, bias.num_prefix_tokens
+    table, grid, prefix = bias
     training = torch.is_grad_enabled() and (table.requires_grad or v.requires_grad)
     way = position_way(grid[0] * grid[1], table.shape[1] != v.shape[1], training)
     y = way(v[:, :, prefix:], table, grid)
@@ -427,7 +427,7 @@ def masked_mean(
     mask: Tensor, # bool, broadcasts to (b, h, n, n)
 ) -> Tensor:      # (b, h, n, d)
     "The mean over the kernels that each position has selected; a mask that the heads share multiplies all of them at once."
-    weights = mask.to(k.dtype) / mask.sum(-1, keepdim=True)
+    weights = mask.to(k.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
     if mask.ndim > 2 and mask.shape[-3] > 1: return weights @ k
     h, d = k.shape[1], k.shape[3]
     return (weights.reshape(-1, *weights.shape[-2:]) @ k.transpose(1, 2).flatten(2)).unflatten(2, (h, d)).transpose(1, 2)
@@ -449,18 +449,20 @@ def masked_position(
 def fast_depthwise_attention(
     q: Tensor,                              # (..., h, n, d) queries: the feature map
     k: Tensor,                              # (..., h, n, d) keys: the bank of depth-wise kernels
-    bias: Tensor | nn.Module | None = None, # (h, n, n) one table a head, (h*d, n, n) one a channel, or the `RelPosBias` that owns it
+    bias: Tensor | None = None,             # (h, n, n) one table per head, or (h*d, n, n) one per channel
     mask: Tensor | None = None,             # bool, broadcasts to (..., h, n, n): True where a kernel is selected
+    position: RelativePosition | None = None, # a relative position table and its grid
 ) -> Tensor:                                # (..., h, n, d)
     "`depthwise_attention` at cost n d, plus position (Eq. 5)."
-    check_depthwise(q, k, bias if isinstance(bias, Tensor) else None, mask)
-    if q.ndim != 4 or (mask is not None and recorded()): return depthwise_attention(q, k, bias, mask)
+    check_depthwise(q, k, bias, mask)
+    if q.ndim != 4 or (mask is not None and recorded()) or q.shape != k.shape: return depthwise_attention(q, k, bias, mask, position)
+    if position is not None: bias = position if bias is None else bias + position.bias()
     if mask is None:
         mean = k.mean(-2, keepdim=True)
         return q * mean if bias is None else torch.addcmul(relative_position(k, bias).to(q.dtype), q, mean)
-    y, matrix = q * masked_mean(k, mask), bias.bias() if isinstance(bias, nn.Module) else bias
+    y, matrix = q * masked_mean(k, mask), bias.bias() if isinstance(bias, RelativePosition) else bias
     if bias is None: return y
-    if matrix.shape[0] != q.shape[1] and mask.ndim > 2 and mask.shape[-3] > 1: return depthwise_attention(q, k, bias, mask)
+    if matrix.shape[0] != q.shape[1] and mask.ndim > 2 and mask.shape[-3] > 1: return depthwise_attention(q, k, matrix, mask)
     return y + masked_position(k, matrix, mask)
 
 # %% ../../nbs/fast/04_dispatch.ipynb #d76a86bf
@@ -477,7 +479,7 @@ def fused(
     if isinstance(act, SoftmaxPlusOne):
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         if mask is not None: mask = F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=act.scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=act.factor)
 
 # %% ../../nbs/fast/04_dispatch.ipynb #7642fcfc
 SMALL = 2 ** 16  # logits of a head up to which storing them is cheaper than computing them twice
@@ -498,18 +500,17 @@ def kind_of(
     activation: Callable, # an activation
 ) -> str:                 # 'fused', 'linear', 'relu', 'ln', 'ln_relu', 'rows' or 'unknown'
     "Which family of evaluations an activation belongs to."
-    exact = {Softmax: 'fused', SoftmaxPlusOne: 'fused', Sparsemax: 'rows', KernelLayerNorm: 'ln', KernelLayerNormReLU: 'ln_relu'}
-    if type(activation) in exact: return exact[type(activation)]
-    if plain(activation) and type(activation).f is F.relu: return 'relu'
-    if plain(activation) and activation.linear and not activation.over_n: return 'linear'
-    return 'rows' if isinstance(activation, Pointwise) and not any(True for _ in activation.parameters()) else 'unknown'
+    family = getattr(activation, 'family', 'unknown')
+    if family == 'layernorm': return 'ln_relu' if type(activation).f is F.relu else 'ln'
+    if family == 'pointwise': return 'relu' if plain(activation) and type(activation).f is F.relu else 'rows'
+    return 'unknown' if family == 'rows' and type(activation) not in ACTIVATIONS.values() else family
 
 # %% ../../nbs/fast/04_dispatch.ipynb #95d661cc
 def evaluate_unmasked(
     q: Tensor, k: Tensor, v: Tensor,  # (b, h, n or m, d)
     act: nn.Module,                   # an activation
     kind: str,                        # its `kind_of`
-    bias: Tensor | nn.Module | None,  # matrix, or the owner of a table
+    bias: Tensor | RelativePosition | None,  # matrix, or the owner of a table
 ) -> Tensor:                          # (b, h, n, d)
     "Linear and ReLU families without a mask: the core by its identity, the position term beside it."
     m = k.shape[-2]
@@ -526,7 +527,7 @@ def evaluate_unmasked(
 def evaluate_relu(
     q: Tensor, k: Tensor, v: Tensor,  # (b, h, n or m, d)
     scale: float,                     # factor of the logits
-    bias: Tensor | nn.Module | None,  # matrix, or the owner of a table
+    bias: Tensor | RelativePosition | None,  # matrix, or the owner of a table
 ) -> Tensor:                          # (b, h, n, d)
     "`(relu(scale * Q K') + bias) V`. A bias matrix goes along with the weights; a table goes its own way, unless the logits are few."
     few = q.shape[-2] * k.shape[-2] <= SMALL
@@ -567,29 +568,30 @@ def trains(*tensors) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 def as_matrix(
-    bias: Tensor | nn.Module, # matrix, or the owner of a table
+    bias: Tensor | RelativePosition, # matrix, or the owner of a table
     q: Tensor,                # (b, h, n, d)
 ) -> Tensor:                  # (1 or b, h, n, m)
     "A bias as a 4-D matrix of the queries' dtype."
-    if isinstance(bias, nn.Module): bias = bias.bias()
+    if isinstance(bias, RelativePosition): bias = bias.bias()
     return bias.to(q.dtype)[(None,) * (4 - bias.ndim)]
 
 # %% ../../nbs/fast/04_dispatch.ipynb #d9402a8f
 def by_definition(
     q: Tensor, k: Tensor, v: Tensor,  # (b, h, n or m, d)
     act: Callable,                    # an activation
-    bias: Tensor | nn.Module | None,  # matrix, or the owner of a table
+    bias: Tensor | RelativePosition | None,  # matrix, or the owner of a table
     mask: Tensor | None,              # bool, broadcasts to (b, h, n, m)
 ) -> Tensor:                          # (b, h, n, d)
     "`attention`, with weights of the values' dtype: under autocast, a bias or a parameter in float32 may have raised them."
     weights = lambda logits, bias=None, mask=None: act(logits, bias=bias, mask=mask).to(v.dtype)
+    if isinstance(bias, RelativePosition): return attention(q, k, v, weights, None, mask, bias)
     return attention(q, k, v, weights, bias, mask)
 
 # %% ../../nbs/fast/04_dispatch.ipynb #45e4b7f8
 def evaluate_4d(
     q: Tensor, k: Tensor, v: Tensor,  # (b, h, n or m, d)
     act: Callable,                    # an activation
-    bias: Tensor | nn.Module | None,  # matrix, or the owner of a table
+    bias: Tensor | RelativePosition | None,  # matrix, or the owner of a table
     mask: Tensor | None,              # bool, broadcasts to (b, h, n, m)
 ) -> Tensor:                          # (b, h, n, d)
     "The choice for (b, h, n, d)."
@@ -601,7 +603,7 @@ def evaluate_4d(
     if mask is None and pays.get(kind) and fits: return evaluate_unmasked(q, k, v, act, kind, bias)
     if kind == 'unknown' or recorded() or not fits or (n * m <= SMALL and trains(q, k, v, *act.parameters())): return by_definition(q, k, v, act, bias, mask)
     mask = None if mask is None else mask[(None,) * (4 - mask.ndim)]
-    beside = isinstance(bias, nn.Module) and not act.bias_in_logits and mask is None and n * m > SMALL
+    beside = isinstance(bias, RelativePosition) and not act.bias_in_logits and mask is None and n * m > SMALL
     rows = layernorm_rows(act) if kind in ('ln', 'ln_relu') else act
     y = Tiled.apply(q, k, v, None if bias is None or beside else as_matrix(bias, q), mask, rows, 1., *act.parameters())
     return y + relative_position(v, bias).to(v.dtype) if beside else y
@@ -612,15 +614,17 @@ def dynamic_conv_attention(
     k: Tensor,                               # (..., h, m, d) keys: the bank of m kernels, d -> m
     v: Tensor,                               # (..., h, m, d) values: their partners, m -> d
     activation: str | Callable = 'softmax',  # what stands between the two convolutions: a name or a module
-    bias: Tensor | nn.Module | None = None,  # (h, n, m) relative position bias, or the `RelPosBias` that owns its table
+    bias: Tensor | None = None,              # (h, n, m) bias
     mask: Tensor | None = None,              # bool, broadcasts to (..., h, n, m): True where a kernel is selected
+    position: RelativePosition | None = None, # a relative position table and its grid
 ) -> Tensor:                                 # (..., h, n, d)
     "`attention` by the evaluation that suits activation, shapes, dtype and device. Gradients of first order. ValueError for shapes that do not fit."
-    check_shapes(q, k, v, bias if isinstance(bias, Tensor) else None, mask)
-    if isinstance(bias, nn.Module): check_grid(bias, q, k)
+    check_shapes(q, k, v, bias, mask)
+    if position is not None: bias = position if bias is None else bias + position.bias()
+    if isinstance(bias, RelativePosition): check_grid(bias, q, k)
     act, device, lead = as_activation(activation, q, k.shape[-2]), q.device.type, q.shape[:-3]
     if q.ndim < 3 or (len(lead) > 1 and any(t is not None and t.ndim > 3 for t in (mask, bias if isinstance(bias, Tensor) else None))):
-        return attention(q, k, v, act, bias, mask)
+        return by_definition(q, k, v, act, bias, mask)
     if len(lead) != 1: q, k, v = [t.reshape(-1, *t.shape[-3:]) for t in (q, k, v)]
     if not torch.is_autocast_enabled(device): y = evaluate_4d(q, k, v, act, bias, mask)
     else:
@@ -630,7 +634,7 @@ def dynamic_conv_attention(
 
 # %% ../../nbs/fast/04_dispatch.ipynb #1e9e1060
 def check_grid(
-    bias: nn.Module, # a `RelPosBias`
+    bias: RelativePosition,
     q: Tensor,       # (..., n, d)
     k: Tensor,       # (..., m, d)
 ) -> None:           # nothing: raises ValueError
@@ -647,8 +651,5 @@ def accelerate(
     "Let every mixer that computes by its definition compute by its fast evaluation instead, projections included."
     fast = {attention: dynamic_conv_attention, depthwise_attention: fast_depthwise_attention}
     for mixer in model.modules():
-        if getattr(mixer, 'evaluate', None) not in fast: continue
-        mixer.evaluate = fast[mixer.evaluate]
-        for layer in mixer.children():
-            if type(layer) is nn.Linear: layer.__class__ = Projection
+        if getattr(mixer, 'backend', None) in fast: mixer.backend = fast[mixer.backend]
     return model

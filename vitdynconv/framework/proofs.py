@@ -65,7 +65,7 @@ def vit_torch(dtype):
 @case('ViT', 'DynamicConvAttention', 'timm Attention')
 def vit_timm(dtype):
     reference = prepared(Attention(24, 3, qkv_bias=True), dtype)
-    ours = DynamicConvAttention(24, 3, evaluate=attention_as_convs).to(dtype)
+    ours = DynamicConvAttention(24, 3, backend=attention_as_convs).to(dtype)
     return lambda x: functional_call(ours, dict(reference.named_parameters()), (x,)), reference, [normal(2, 20, 24, dtype=dtype)], shared(reference)
 
 # %% ../../nbs/framework/03_proofs.ipynb #20adca4a
@@ -87,7 +87,7 @@ def swin_convs(dtype):
     ours = Windowed(WindowKernels(4), KernelAttention2d(24, 3, 1, pos='rel', grid_size=4)).to(dtype)
     def convs(x):
         weights = dict(block.attn.named_parameters())
-        state = attention_to_convs(weights) | {'position.relative_position_bias_table': weights['relative_position_bias_table']}
+        state = attention_to_convs(weights) | {'relative_position_bias_table': weights['relative_position_bias_table']}
         return functional_call(ours, {f'mixer.{name}': w for name, w in state.items()}, (x.permute(0, 3, 1, 2),)).permute(0, 2, 3, 1)
     return convs, block._attn, [normal(2, 8, 12, 24, dtype=dtype)], shared(block.attn)
 
@@ -98,7 +98,7 @@ case('Swin', 'mask over the map', 'timm block, shifted, padded')(lambda dtype: s
 # %% ../../nbs/framework/03_proofs.ipynb #0a38e555
 @case('Linformer', 'DynamicConvAttention, ProjectedKernels', 'SDPA over mixtures')
 def linformer(dtype):
-    ours = prepared(DynamicConvAttention(24, 3, selection=ProjectedKernels((4, 5), 6, 3), evaluate=attention_as_convs), dtype)
+    ours = prepared(DynamicConvAttention(24, 3, selection=ProjectedKernels((4, 5), 6, 3), backend=attention_as_convs), dtype)
     def reference(x):
         q, k, v = ours.qkv(x).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)
         k, v = torch.einsum('hjl,bhjd->bhld', ours.selection.E, k), torch.einsum('hjl,bhjd->bhld', ours.selection.F, v)

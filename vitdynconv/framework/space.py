@@ -29,7 +29,7 @@ from ..layers.conv import to_map, to_tokens
 from ..tools.testing import difference
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, KernelAttention2d
-from ..layers.equivalence import attention_as_convs
+from ..layers.equivalence import attention_as_convs, with_position
 from ..layers.selection import ProjectedKernels, WindowKernels
 from ..models.paper import TABLE1
 
@@ -302,7 +302,7 @@ def example_input(
     if not layers: raise ValueError(f'{type(module).__name__} does not say what its input looks like; pass x, an example')
     weight = next(p for p in layers[0].parameters() if p.ndim > 1)
     if not parts: return random(1, weight.shape[1], *[12 if hasattr(module, 'query') else 15] * getattr(module, 'ndim', 2))
-    grid = getattr(module, 'kernel_grid', None) or getattr(module, 'window_size', None) or getattr(getattr(module, 'selection', None), 'grid_size', None) or (4, 4)
+    grid = getattr(module, 'grid_size', None) or getattr(module, 'window_size', None) or getattr(getattr(module, 'selection', None), 'grid_size', None) or (4, 4)
     return random(1, math.prod(grid) + getattr(module, 'num_prefix_tokens', 0), weight.shape[1])
 
 # %% ../../nbs/framework/02_space.ipynb #ae47da58
@@ -503,12 +503,13 @@ def build(
 def depthwise_by_position(
     q: Tensor,                              # (b, h, n, d)
     k: Tensor,                              # (b, h, n, d)
-    bias: Tensor | nn.Module | None = None, # (h, n, n) or (h*d, n, n), or a module with `bias()`
+    bias: Tensor | None = None,             # (h, n, n) or (h*d, n, n)
     mask: Tensor | None = None,             # bool, broadcasts to (b, h, n, n)
+    position=None,                          # `RelativePosition`, added to the bias
 ) -> Tensor:                                # (b, h, n, d)
     "Eq. 5 as it is written, one position after the other: y_i = q_i * mean_j k_j + sum_j b_ij k_j over the selected j."
     (b, h, n, d), y = q.shape, []
-    bias = bias.bias() if isinstance(bias, nn.Module) else bias
+    bias = with_position(bias, position)
     bias = q.new_zeros(h, 1, n, n) if bias is None else bias.unflatten(0, (h, -1))             # (h, 1 or d, n, n)
     chosen = torch.ones(b, h, n, n, dtype=q.dtype) if mask is None else mask.expand(b, h, n, n).to(q.dtype)
     for i in range(n):
@@ -526,9 +527,9 @@ def literally(
             if hasattr(m, 'literal'):
                 m.forward = m.literal                      # an instance attribute hides the class's method
                 stack.callback(m.__dict__.pop, 'forward')
-            elif hasattr(m, 'evaluate'):
-                stack.callback(setattr, m, 'evaluate', m.evaluate)
-                m.evaluate = depthwise_by_position if isinstance(m, DepthwiseSelfAttention) else attention_as_convs
+            elif hasattr(m, 'backend'):
+                stack.callback(setattr, m, 'backend', m.backend)
+                m.backend = depthwise_by_position if isinstance(m, DepthwiseSelfAttention) else attention_as_convs
         yield model
 
 # %% ../../nbs/framework/02_space.ipynb #cda527f6

@@ -15,11 +15,11 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from timm.layers import to_ntuple
+from timm.layers import to_2tuple, to_ntuple, trunc_normal_
 from torch import nn, Tensor
 from .activations import create_activation
 from .equivalence import attention
-from .position import RelPosBias
+from .position import RelativePosition
 
 # %% ../../nbs/layers/07_dynconv.ipynb #29a054fa
 def conv_per_image(
@@ -300,15 +300,17 @@ class KernelAttention2d(nn.Module):
         selection=None,                          # a rule of `vitdynconv.layers.selection`; None for all kernels
         pos: str | None = None,                  # 'rel' for a relative position table
         grid_size: int | tuple | None = None,    # (H, W) of the map, for pos='rel'
-        evaluate: Callable = attention,          # evaluation of (q, k, v, activation, bias, mask)
+        backend: Callable = attention,           # evaluation of (q, k, v, activation, bias, mask)
     ):
         super().__init__()
         if dim % num_heads: raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the divisors of {dim}')
         if kernel_size % 2 == 0: raise ValueError(f'kernel_size={kernel_size} has no centre; choose an odd one')
         if pos not in (None, 'rel') or (pos and grid_size is None): raise ValueError(f"pos={pos!r} with grid_size={grid_size}; choose None, or 'rel' with grid_size=(H, W)")
         if pos and isinstance(selection, nn.Module): raise ValueError("pos='rel' ties a bias to each kernel, which a soft selection mixes; choose pos=None or a hard selection")
-        self.num_heads, self.kernel_size, self.stride, self.selection, self.evaluate = num_heads, kernel_size, stride, selection, evaluate
-        self.position = RelPosBias(grid_size, num_heads) if pos else None
+        self.num_heads, self.kernel_size, self.stride, self.selection, self.backend = num_heads, kernel_size, stride, selection, backend
+        self.grid_size = to_2tuple(grid_size) if pos else None
+        h, w = self.grid_size or (0, 0)
+        self.relative_position_bias_table = nn.Parameter(trunc_normal_(torch.empty((2 * h - 1) * (2 * w - 1), num_heads), std=.02)) if pos else None
         taps = kernel_size ** 2
         self.query = nn.Conv2d(dim, dim, 1, bias=bias)
         self.key = nn.Conv2d(dim, dim * taps, 1, bias=bias)    # generates K_j: channels ordered (heads, d, taps)
@@ -323,7 +325,7 @@ def pair(self: KernelAttention2d,
 ) -> tuple[Tensor, Tensor]: # keys and values, (b, heads, n, d * taps) each
     "The bank that the image makes, mixed if the selection is soft."
     k, v = [conv(x).flatten(2).unflatten(1, (self.num_heads, -1)).mT for conv in (self.key, self.value)]
-    return self.selection(k, v) if isinstance(self.selection, nn.Module) else (k, v)
+    return self.selection(None, k, v)[:2] if isinstance(self.selection, nn.Module) else (k, v)
 
 @patch
 def bias_and_mask(self: KernelAttention2d,
@@ -332,7 +334,7 @@ def bias_and_mask(self: KernelAttention2d,
 ) -> dict:          # bias (heads, n', n) or None, mask (n', n) or None, for the n' positions of the result
     "Position bias and 0/1 selection. ValueError for windows that do not tile the map."
     rows = lambda t: t.unflatten(-2, (h, w))[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
-    bias = None if self.position is None else rows(self.position.bias())
+    bias = None if self.relative_position_bias_table is None else rows(RelativePosition(self.relative_position_bias_table, self.grid_size).bias())
     if self.selection is None or isinstance(self.selection, nn.Module): return dict(bias=bias, mask=None)
     mask = self.selection.mask(h, w, device)
     if mask.shape[1] != h * w: raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size that they divide')
@@ -359,6 +361,6 @@ def forward(self: KernelAttention2d,
     "The same as attention over unfolded queries, folded back."
     (h, w), size, pad, s = x.shape[2:], self.kernel_size, self.kernel_size // 2, self.stride
     q = F.unfold(self.query(x), size, padding=pad, stride=s).unflatten(1, (self.num_heads, -1)).mT           # (b, heads, n', d * taps)
-    y = self.evaluate(q, *self.pair(x), self.act, **self.bias_and_mask(h, w, x.device))                      # (b, heads, n', d * taps)
+    y = self.backend(q, *self.pair(x), self.act, **self.bias_and_mask(h, w, x.device))                      # (b, heads, n', d * taps)
     y = y.mT.flatten(1, 2).unflatten(1, (-1, size ** 2)).flip(2).flatten(1, 2)                               # (b, dim * taps, n')
     return self.out(F.fold(y, (math.ceil(h / s), math.ceil(w / s)), size, padding=pad))

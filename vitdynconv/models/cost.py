@@ -185,16 +185,16 @@ def merged_attention(
     k: Tensor,                              # (..., h, m, d) keys
     v: Tensor,                              # (..., h, m, d) values
     activation='softmax',                   # an activation module
-    bias: Tensor | nn.Module | None = None, # (h, n, m), or the module that owns it
+    bias: Tensor | None = None,             # (h, n, m)
     mask: Tensor | None = None,             # bool: True where a kernel is selected
+    position=None,                          # `RelativePosition`
 ) -> Tensor:                                # (..., h, n, d)
     "Figure 5, literally: `Q (K'V)`, plus `B V` over the patches. What is not linear, or selects by a mask, stays two convolutions."
-    if not getattr(activation, 'linear', False) or activation.scale == 'num_kernels' or mask is not None: return attention(q, k, v, activation, bias, mask)
+    if getattr(activation, 'family', None) != 'linear' or activation.scale == 'num_kernels' or mask is not None or bias is not None: return attention(q, k, v, activation, bias, mask, position)
     out = activation.factor * q @ (k.transpose(-2, -1) @ v)
-    if bias is None: return out
-    first = getattr(bias, 'num_prefix_tokens', 0)                       # class and register tokens carry no bias
-    matrix = bias.bias() if isinstance(bias, nn.Module) else bias
-    return out + nn.functional.pad(matrix[:, first:, first:] @ v[..., first:, :], (0, 0, first, 0))
+    if position is None: return out
+    first = position.num_prefix_tokens                                  # class and register tokens carry no bias
+    return out + nn.functional.pad(position.bias()[:, first:, first:] @ v[..., first:, :], (0, 0, first, 0))
 
 # %% ../../nbs/models/06_cost.ipynb #f61e9a1c
 FORMS = {                                         # name -> evaluation for each kind of mixer
@@ -209,12 +209,12 @@ def computed_as(
     "Within the block, every mixer of ours computes in this form. ValueError for an unknown one."
     forms = FORMS | {'as is': {}}
     if form not in forms: raise ValueError(f'unknown form {form!r}; choose one of {", ".join(forms)}')
-    mixers = {m: m.evaluate for m in model.modules() if isinstance(m, tuple(forms[form]))}
+    mixers = {m: m.backend for m in model.modules() if isinstance(m, tuple(forms[form]))}
     try:
-        for m in mixers: m.evaluate = next(f for kind, f in forms[form].items() if isinstance(m, kind))
+        for m in mixers: m.backend = next(f for kind, f in forms[form].items() if isinstance(m, kind))
         yield
     finally:
-        for m, before in mixers.items(): m.evaluate = before
+        for m, before in mixers.items(): m.backend = before
 
 # %% ../../nbs/models/06_cost.ipynb #5f3097dd
 def head_names(

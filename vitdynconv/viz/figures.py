@@ -30,7 +30,7 @@ from sklearn.datasets import load_sample_image
 from torch import nn, Tensor
 from ..layers.activations import create_activation
 from ..layers.equivalence import DynamicConvBlock, as_activation
-from ..layers.position import RelPosBias
+from ..layers.position import RelativePosition
 
 # %% ../../nbs/viz/01_figures.ipynb #1bba980d
 SCALE = colormaps['cividis']                                                             # tensors: negative, zero, positive
@@ -432,7 +432,7 @@ def draw_selection(
 
 # %% ../../nbs/viz/01_figures.ipynb #142ba175
 def draw_position(
-    rel: RelPosBias, # owner of the tables, one a head
+    rel: RelativePosition, # tables, one for each head
     values: Tensor,  # (h, w) the channel of the values on which every head acts
     titles: list,    # one a head
 ) -> Sheet:          # pictures 'values', 'kernel 0', 'position 0', ...
