@@ -12,8 +12,9 @@ import torch
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.models.paper import TABLE2, TABLE3
 from vitdynconv.layers.dynconv import anneal
-from vitdynconv.models.registry import BASES, SYSTEMS, create_model, exchange, paper_model
-from vitdynconv.models.surgery import DynamicConvSwin, DynamicConvViT, find_mixers
+from vitdynconv.models.backbones import DynamicConvSwin, DynamicConvViT, find_mixers
+from vitdynconv.models.registry import BASES, create_model, paper_model
+from vitdynconv.models.systems import SYSTEMS, exchange
 
 VIT = dict(embed_dim=24, depth=3, num_heads=3, img_size=32, patch_size=8, num_classes=5)
 SWIN = dict(embed_dim=12, depths=(1, 2), num_heads=(2, 3), img_size=56, num_classes=5, drop_path_rate=0.)

@@ -22,7 +22,9 @@ from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
 from vitdynconv.layers.equivalence import attention
-from vitdynconv.models.surgery import convert, find_mixers, timm_model, to_timm
+from vitdynconv.models.backbones import find_mixers
+from vitdynconv.models.surgery import convert, to_timm
+from vitdynconv.models.weights import timm_model
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
 

@@ -205,8 +205,8 @@ def why_not_timms_mixer(self: Backbone, mixer: nn.Module) -> str | None:
     if isinstance(mixer, DepthwiseSelfAttention): return 'is depth-wise and has no values'
     act = mixer.act
     if type(act) is not Softmax: return f'has the activation {getattr(act, "name", type(act).__name__)!r}, not softmax'
-    if abs(act.scale * mixer.head_dim ** .5 - 1) > 1e-6:
-        return f'has a softmax of temperature {1 / act.scale:g}, not sqrt({mixer.head_dim})'
+    if abs(act.factor * mixer.head_dim ** .5 - 1) > 1e-6:
+        return f'has a softmax of temperature {1 / act.factor:g}, not sqrt({mixer.head_dim})'
     if mixer.selection is not None and not isinstance(mixer.selection, AllKernels):
         return f'selects its kernels by {type(mixer.selection).__name__}'
     if self.theirs is not SwinTransformer and mixer.relative_position_bias_table is not None:

@@ -106,6 +106,7 @@ def weight_source(
     published = not isinstance(config, str)
     file = dict(source.get('pretrained_cfg_overlay', {})).get('file')
     if published and not file: file = config.get('file') if isinstance(config, dict) else config.file
+    if file and not Path(file).is_file(): file = None   # a folder, as of 'local-dir:', is read by timm
     return source, published, file
 
 # %% ../../nbs/models/05_registry.ipynb #45213f89
