@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -123,7 +122,7 @@ def mix(a, y, seen):
     "One mixer, window by window."
     heads = lambda t: t.unflatten(3, (a.num_heads, a.head_dim)).transpose(2, 3)    # (b, windows, h, n, d)
     n = y.shape[2]
-    B = torch.zeros(a.num_heads, n, n).to(y) if a.bias() is None else a.bias()
+    B = torch.zeros(a.num_heads, n, n).to(y) if a.position() is None else a.position().bias()
     if isinstance(a, DepthwiseSelfAttention):
         q, k = map(heads, a.qk(y).chunk(2, -1))
         weights = (B.unflatten(0, (a.num_heads, -1)) * seen[:, :, :, None]) # (..., h, 1 or d, n, n)
@@ -259,7 +258,8 @@ def test_tokens_and_places_that_do_not_go_together():
 # The command
 
 def vdc_convert(*args):
-    return subprocess.run([Path(sys.executable).with_name('vdc_convert'), *map(str, args)], capture_output=True, text=True, timeout=300)
+    code = 'import sys; from vitdynconv.models.commands import vdc_convert; sys.argv[0] = "vdc_convert"; vdc_convert()'
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_converts_a_file_and_reports_each_weight(tmp_path):
