@@ -281,7 +281,7 @@ def training_rows(
     from vitdynconv.train.recipes import RECIPES
     from vitdynconv.train.run import recipe_dls, recipe_model
     small = RECIPES['digits']
-    for recipe in (small, small.replace(model_args=small.model_args | dict(embed_dim=192, depth=12, mlp_ratio=4.))):
+    for recipe in (small, small.replace(embed_dim=192, depth=12, model_args=small.model_args | dict(mlp_ratio=4.))):
         dls, model = recipe_dls(recipe), recipe_model(recipe)
         optimizer = timm.optim.create_optimizer_v2(parameter_groups(model, recipe.weight_decay), opt=recipe.opt, lr=recipe.lr)
         rate = warmup_cosine(recipe.lr, recipe.warmup_epochs / recipe.epochs, recipe.warmup_lr, recipe.min_lr)

@@ -206,7 +206,7 @@ def test_readme_has_what_a_first_page_needs():
     (alt, path), = re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", README)
     assert path in head and len(alt) > 50 and (ROOT/path).is_file()
     size = picture(Path(path).relative_to("nbs")).size
-    assert size[0] > 1000 and size[0] > 3 * size[1]
+    assert size[0] > 1000 and size[0] > size[1]
     assert re.search(r"^make demo .*\nmake test ", README, re.M)
     for section in "Two commands", "Ten lines", "What it brings, and what it costs", "Who it is for", "Where to go on", "Citation": assert f"\n## {section}\n" in README
     for page in PAGES[1:]:

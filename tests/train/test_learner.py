@@ -7,21 +7,26 @@ import sys
 from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from fastai.basics import Callback, CancelStepException, load_learner
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.interpret import ClassificationInterpretation, Interpretation
 import fastai.vision.learner  # teaches Interpretation to draw images
 from fastai.metrics import F1Score
 from timm.models import VisionTransformer
+from timm.optim import param_groups_layer_decay
 
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.data import digits_dls
-from vitdynconv.train.callbacks import MeanLoss, accuracy, sum_over_processes
-from vitdynconv.train.learner import create_learner, parameter_groups
+from vitdynconv.layers.dynconv import DynamicConv2d
+from vitdynconv.train.callbacks import MeanLoss, Mixing, accuracy, sum_over_processes
+from vitdynconv.train.learner import create_learner, parameter_depths, parameter_groups
 from vitdynconv.train.logbook import StepLog, peak_memory
 from vitdynconv.models.registry import create_model
 from vitdynconv.train.recipes import RECIPES
@@ -171,18 +176,181 @@ def test_the_log_tells_zero_from_unknown(monkeypatch, capsys):
     assert math.isnan(peak_memory(torch.device('cpu')))
 
 
-def test_weight_decay_belongs_to_the_recipe():
-    with pytest.raises(ValueError, match='wd=0.1 would overwrite'): digits_learner().fit(1, wd=0.1)
+def by_decay(groups, model):
+    "Names of the parameters without and with decay."
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {False: set(), True: set()}
+    for group in groups: found[group['decays']] |= {names[id(p)] for p in group['params']}
+    return found[False], found[True]
 
 
+@pytest.mark.parametrize('layer_decay', [None, 0.7])
 @pytest.mark.parametrize('name', ['deit_small_patch16_224', 'swin_tiny_patch4_window7_224'])
-def test_decay_groups_of_the_papers_models(name):
+def test_decay_groups_of_the_papers_models(name, layer_decay):
     model = create_model(name, activation='ln_relu', pos='rel', num_classes=4)
-    names = {id(p): n for n, p in model.named_parameters()}
-    resting, decaying = [{names[id(p)] for p in group['params']} for group in parameter_groups(model)]
+    groups = parameter_groups(model, layer_decay=layer_decay)
+    resting, decaying = by_decay(groups, model)
     assert all(n.endswith('.weight') and 'norm' not in n and '.act.' not in n for n in decaying)
     assert any('relative_position_bias_table' in n for n in resting) and any('.act.weight' in n for n in resting)
-    assert resting | decaying == set(names.values()) and not resting & decaying
+    assert resting | decaying == {n for n, _ in model.named_parameters()} and not resting & decaying
+    assert all(group['weight_decay'] == (0.05 if group['decays'] else 0.) for group in groups)
+
+
+@pytest.mark.parametrize('layer_decay', [None, 0.7])
+def test_biases_of_dynamic_convolutions_do_not_decay(layer_decay):
+    "They are a matrix, one row for each kernel of the bank."
+    net = torch.nn.Sequential(DynamicConv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 10))
+    for model in (net, DynamicConv2d(1, 8, 3)):
+        resting, decaying = by_decay(parameter_groups(model, layer_decay=layer_decay), model)
+        assert all(name.rpartition('.')[2] == 'bias' for name in resting) and all(name.rpartition('.')[2] == 'weight' for name in decaying)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'deit_tiny_distilled_patch16_224', 'swin_tiny_patch4_window7_224', 'convnext_atto'])
+@pytest.mark.parametrize('decay', [0.5, 0.9])
+def test_layers_and_shares_are_timms(name, decay):
+    "What timm divides by layer of its own accord, but for norms right before the head."
+    model = timm.create_model(name, num_classes=3)
+    theirs, ours = [{id(p): group['lr_scale'] for group in groups for p in group['params']}
+                    for groups in (param_groups_layer_decay(model, layer_decay=decay), parameter_groups(model, layer_decay=decay))]
+    special = {id(p) for n, p in model.named_parameters() if n.startswith(('head.norm', 'fc_norm'))}
+    assert {key: value for key, value in ours.items() if key not in special} == pytest.approx({key: value for key, value in theirs.items() if key not in special})
+
+
+BODIES = [lambda: small_vit(), lambda: small_vit(class_token=False, global_pool='avg'),
+          lambda: timm.create_model('swin_tiny_patch4_window7_224', img_size=32, patch_size=2, in_chans=1, num_classes=10, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4),
+          lambda: timm.create_model('convnext_atto', in_chans=1, num_classes=10, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)),
+          lambda: create_model('vit_tiny_patch16_224', activation='ln_relu', img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2, pos='rel')]
+
+
+@pytest.mark.parametrize('body', range(len(BODIES)))
+@pytest.mark.parametrize('layer_decay', [None, 0.5])
+def test_freeze_leaves_exactly_the_head(body, layer_decay):
+    model = BODIES[body]()
+    learn = digits_learner(model=model, layer_decay=layer_decay)
+    head = {id(p) for p in model.get_classifier().parameters()}
+    learn.freeze()
+    assert {id(p) for p in model.parameters() if p.requires_grad} == head
+    learn.unfreeze()
+    assert all(p.requires_grad for p in model.parameters())
+    learn.freeze_to(-2)
+    open_names = {n for n, p in model.named_parameters() if p.requires_grad}
+    depths = parameter_depths(model)
+    assert open_names == {n for n in depths if depths[n] >= max(depths.values()) - 1} and len(open_names) > 2
+    learn.freeze_to(1)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {n for n in depths if depths[n] == 0} != set()
+
+
+def test_only_the_head_moves_while_the_rest_is_frozen():
+    learn = digits_learner(ema=True, ema_decay=0.9, weight_decay=0.5, mixup=0.8)
+    before = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
+    learn.freeze()
+    learn.fit(1)
+    moved = {n for n, p in learn.model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {'head.weight', 'head.bias'}
+
+
+class Rates(Callback):
+    "Rates of all torch's groups, by name of the parameters, after each step; and what trains."
+    order = 95
+    def before_fit(self): self.seen, self.open = [], set()
+    @staticmethod
+    def of(learn):
+        names = {id(p): n for n, p in learn.model.named_parameters()}
+        return {names[id(p)]: group['lr'] for group in learn.opt.opt.param_groups for p in group['params']}
+    def after_step(self):
+        self.seen.append(Rates.of(self))
+        self.open |= {n for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize('layer_decay', [None, 0.5])
+def test_slices_spread_over_depths(layer_decay):
+    "`slice(a, b)`: from a at the first depth to b at the head, by equal factors. `slice(b)`: b at the head, a tenth elsewhere."
+    learn = digits_learner(layer_decay=layer_decay)
+    depths = parameter_depths(learn.model)
+    last = max(depths.values())
+    assert last == 3
+    share = {n: (layer_decay or 1.) ** (last - depth) for n, depth in depths.items()}
+    learn.create_opt()
+    def now(): return Rates.of(learn)
+    learn.opt.set_hyper('lr', slice(1e-2))
+    assert now() == pytest.approx({n: (1e-2 if depths[n] == last else 1e-3) * share[n] for n in depths})
+    learn.opt.set_hyper('lr', slice(1e-5, 1e-2))
+    assert now() == pytest.approx({n: 1e-5 * 1000 ** (depths[n] / last) * share[n] for n in depths})
+    rates = Rates()
+    learn.fit_one_cycle(1, slice(1e-5, 1e-2), cbs=rates)
+    highest = {n: max(step[n] for step in rates.seen) for n in depths}
+    expected = {n: 1e-5 * 1000 ** (depths[n] / last) * share[n] for n in depths}
+    assert highest == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize('layer_decay', [None, 0.5])
+def test_the_recipes_own_schedule_follows_a_slice(layer_decay):
+    learn = digits_learner(layer_decay=layer_decay, warmup_epochs=0.5)
+    rates = Rates()
+    learn.fit(1, slice(1e-5, 1e-2), cbs=rates)
+    depths = parameter_depths(learn.model)
+    top = max(range(len(rates.seen)), key=lambda i: rates.seen[i]['head.weight'])
+    share = {n: (layer_decay or 1.) ** (3 - depths[n]) for n in depths}
+    assert rates.seen[top] == pytest.approx({n: 1e-5 * 1000 ** (depths[n] / 3) * share[n] for n in depths}, rel=0.02)
+
+
+def test_fine_tune_is_frozen_first_and_discriminative_then():
+    learn, phases = digits_learner(), []
+    class Phases(Rates):
+        def after_fit(self): phases.append((self.open, self.seen))
+    learn.fine_tune(1, 1e-2, freeze_epochs=1, lr_mult=100, cbs=Phases())
+    (frozen, _), (opened, seen) = phases
+    assert frozen == {'head.weight', 'head.bias'} and opened == {n for n, _ in learn.model.named_parameters()}
+    highest = {n: max(step[n] for step in seen) for n in ('patch_embed.proj.weight', 'head.weight', 'head.bias')}
+    assert highest == pytest.approx({'patch_embed.proj.weight': 5e-5, 'head.weight': 5e-3, 'head.bias': 5e-3}, rel=0.02)
+    assert learn.history[-1]['accuracy'] is not None
+
+
+def test_hyperparameters_read_are_those_that_were_set():
+    "With `layer_decay`, too: a scheduler reads the rates, scales them and writes them back."
+    learn = digits_learner(layer_decay=0.5)
+    learn.create_opt()
+    learn.opt.set_hyper('lr', 0.1)
+    for _ in range(3): learn.opt.set_hyper('lr', [hyper['lr'] for hyper in learn.opt.hypers])
+    assert [hyper['lr'] for hyper in learn.opt.hypers] == pytest.approx([0.1] * 4)
+    assert {group['lr'] for group in learn.opt.opt.param_groups} == {0.1, 0.05, 0.025, 0.0125}
+    with pytest.raises(ValueError, match='2 values for a model of 4 depths'): learn.opt.set_hyper('lr', [0.1, 0.2])
+
+
+def test_weight_decay_of_a_fit_reaches_what_decays():
+    learn = digits_learner()
+    learn.fit(1, wd=0.25)
+    for group in learn.opt.opt.param_groups: assert group['weight_decay'] == (0.25 if group['decays'] else 0.)
+
+
+def test_a_new_optimizer_of_a_frozen_model_can_be_unfrozen():
+    learn = digits_learner()
+    learn.freeze()
+    learn.fit(1, reset_opt=True)
+    assert {n for n, p in learn.model.named_parameters() if p.requires_grad} == {'head.weight', 'head.bias'}
+    learn.unfreeze()
+    assert all(p.requires_grad for p in learn.model.parameters())
+    assert sum(len(group['params']) for group in learn.opt.opt.param_groups) == len(list(learn.model.parameters()))
+
+
+def test_what_was_fixed_by_hand_stays_fixed():
+    model = small_vit()
+    model.pos_embed.requires_grad_(False)
+    learn = digits_learner(model=model)
+    learn.freeze()
+    learn.unfreeze()
+    assert not model.pos_embed.requires_grad
+
+
+def test_a_model_without_layers_is_divided_into_its_children():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+    learn = digits_learner(model=model)
+    learn.fine_tune(1, 1e-2)
+    learn.freeze()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {'3.weight', '3.bias'}
+    alone = digits_learner(model=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+    alone.freeze()
+    assert all(p.requires_grad for p in alone.model.parameters()), 'a model of one depth is its own head'
 
 
 def test_decay_pulls_matrices_and_nothing_else():
@@ -324,6 +492,91 @@ def test_averaged_weights_are_validated_beside_the_others():
     assert not hasattr(learn, 'ema')
 
 
+class Routed(torch.nn.Module):
+    "A D-Conv whose router cools down by itself, and a norm with running statistics."
+    num_classes = 10
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = DynamicConv2d(1, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 10)
+    def forward(self, x): return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+class Cool(Callback):
+    order, run_valid = 1, False
+    def before_batch(self): self.model.conv.anneal(self.epoch + self.iter / self.n_iter, epochs=1)
+
+
+@pytest.mark.parametrize('layer_decay', [None, 0.5])
+def test_averaged_weights_copy_buffers(layer_decay):
+    "A temperature is a schedule: its average lags behind, and routes as no network ever did."
+    learn = digits_learner(Cool(), model=Routed(), ema=True, ema_decay=0.99, layer_decay=layer_decay)
+    learn.fit(1)
+    average = learn.weight_average.average.module
+    assert float(learn.model.conv.temperature) < 3 and torch.equal(average.conv.temperature, learn.model.conv.temperature)
+    for name, buffer in learn.model.named_buffers(): assert torch.equal(average.get_buffer(name), buffer), name
+    assert not torch.equal(average.conv.weight, learn.model.conv.weight)
+
+
+@pytest.mark.parametrize('batch_size, reference, rate', [(64, 64, 4e-3), (32, 64, 2e-3), (128, 64, 8e-3), (64, 1024, 2.5e-4)])
+def test_the_rate_grows_with_the_batch(batch_size, reference, rate):
+    learn = digits_learner(batch_size=batch_size, lr_batch_size=reference, lr=4e-3, warmup_epochs=0.)
+    assert learn.lr == pytest.approx(rate)
+    learn.create_opt()
+    assert [group['lr'] for group in learn.opt.opt.param_groups] == pytest.approx([rate] * len(learn.opt.opt.param_groups))
+    rates = Rates()
+    learn.fit(1, cbs=rates)
+    assert rates.seen[0]['head.weight'] == pytest.approx(rate), 'in the optimizer, at the first step'
+
+
+def test_accumulation_divides_by_the_batches_of_the_step():
+    "45 batches in steps of 7: the last step has 3."
+    class Shares(Callback):
+        run_valid = False
+        def before_fit(self): self.seen = []
+        def before_backward(self): self.seen.append(float(self.learn.loss.detach() / self.learn.loss_grad.detach()))
+    class Steps(Callback):
+        count = 0
+        def after_step(self): self.count += 1
+    learn = digits_learner([Shares(), Steps()], batch_size=224, grad_accum=7)
+    n = len(learn.dls.train)
+    assert n % 7 not in (0, 1)
+    learn.fit(1)
+    assert learn.shares.seen == pytest.approx([7.] * (n - n % 7) + [float(n % 7)] * (n % 7))
+    assert learn.steps.count == math.ceil(n / 7)
+
+
+@pytest.mark.parametrize('mixing', [MixUp, CutMix])
+@pytest.mark.parametrize('smoothing', [0., 0.1])
+def test_fastais_own_mixing(mixing, smoothing):
+    learn = digits_learner(mixing(), label_smoothing=smoothing)
+    loss = learn.loss_func
+    learn.fit(1)
+    assert learn.loss_func is loss and loss.reduction == 'mean'
+    assert 1 < learn.history[0]['train_loss'] < 3 and learn.history[0]['valid_loss'] is not None
+
+
+def test_fastais_mixup_mixes_losses_as_its_own_loss_does():
+    class Record(Callback):
+        order, run_valid = 50, False
+        def before_fit(self): self.seen = []
+        def after_loss(self):
+            mix = self.learn.mix_up
+            whole = [F.cross_entropy(self.learn.pred, y, reduction='none') for y in (mix.yb1[0], self.learn.yb[0])]
+            self.seen.append((float(self.learn.loss.detach()), float(torch.lerp(*whole, mix.lam).mean().detach())))
+    learn = digits_learner([MixUp(), Record()])
+    learn.fit(1)
+    assert [loss for loss, _ in learn.record.seen] == pytest.approx([expected for _, expected in learn.record.seen], rel=1e-5)
+
+
+def test_the_graph_of_losses():
+    learn = digits_learner(ShowGraphCallback(), epochs=2)
+    learn.fit()
+    train, valid = learn.progress.mbar.axes.lines
+    assert list(train.get_ydata()) == pytest.approx(learn.recorder.losses, rel=1e-6)
+    assert list(valid.get_ydata()) == pytest.approx([row['valid_loss'] for row in learn.history])
+    assert list(valid.get_xdata()) == [len(learn.dls.train), 2 * len(learn.dls.train)]
+
+
 SCRIPT = '''
 import sys; sys.path.insert(0, {tests!r})
 from test_learner import digits_learner
@@ -349,3 +602,10 @@ def test_a_log_is_plain_lines_and_a_terminal_gets_a_bar(tmp_path):
         seen += chunk
     assert on_terminal.wait() == 0
     assert b'epoch 1/1 train' in seen and b'%|' in seen and b'\r' in seen
+
+
+def test_a_learner_that_never_trained_validates_and_predicts():
+    learn = digits_learner()
+    loss, share = learn.validate()
+    assert learn.opt is None and loss == pytest.approx(math.log(10), abs=0.3) and 0 <= share <= 1
+    assert learn.get_preds()[0].shape == (360, 10)

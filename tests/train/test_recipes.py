@@ -1,41 +1,25 @@
 """Recipes as a user has them: the paper's table, overrides, files."""
-import csv
 import dataclasses
-import io
 import json
 import pickle
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vitdynconv.train.recipes import RECIPES, Recipe, table4, table4_column
+from vitdynconv.models.paper import TABLE4
+from vitdynconv.train.recipes import RECIPES, Recipe, recipe_options, setting, table4, table4_column
 
-# Table 4 of the paper (appendix A); the second Swin value is Swin-B's
-TABLE4 = '''setting,deit_s,swin_t,swin_b
-epochs,300,300,300
-batch_size,1024,1024,1024
-opt,adamw,adamw,adamw
-lr,0.001,0.001,0.001
-lr_schedule,cosine,cosine,cosine
-weight_decay,0.05,0.05,0.05
-warmup_epochs,20,20,20
-label_smoothing,0.1,0.1,0.1
-drop,0,0,0
-drop_path,0.1,0.2,0.5
-clip_grad,5.0,5.0,5.0
-ema,yes,no,no
-rand_augment,rand-m9-mstd0.5-inc1,rand-m9-mstd0.5-inc1,rand-m9-mstd0.5-inc1
-mixup,0.8,0.8,0.8
-cutmix,1.0,1.0,1.0
-random_erasing,0.25,0.25,0.25
-repeated_aug,3,0,0'''
+# what the paper's table calls by another name than the recipe
+NAMES = dict(optimizer='opt', dropout='drop', stochastic_depth='drop_path', grad_clip='clip_grad')
 
 
 @pytest.mark.parametrize('name, column', [('deit_s', 'deit_s'), ('deit_b', 'deit_s'), ('swin_t', 'swin_t'), ('swin_b', 'swin_b')])
 def test_recipes_are_table_4(name, column):
-    rows = {row['setting']: row[column] for row in csv.DictReader(io.StringIO(TABLE4))}
+    rows = {NAMES.get(row, row): value for row, value in TABLE4[column].items()}
+    assert rows.pop('rand_augment') == '9/0.5'
+    rows |= dict(rand_augment='rand-m9-mstd0.5-inc1', repeated_aug=3 if rows['repeated_aug'] else 0)
     recipe = RECIPES[name]
-    assert recipe.override(**rows) == recipe, recipe.differences(recipe.override(**rows))
+    assert recipe.replace(**rows) == recipe, recipe.differences(recipe.replace(**rows))
     from_table = {each.name for each in dataclasses.fields(Recipe) if each.metadata['source'] == 'Table 4'}
     assert from_table == set(rows), 'every field of Table 4, and no other, names it as its source'
 
@@ -54,21 +38,22 @@ def test_tables_for_people():
     ('epochs=30', 'epochs', 30), ('lr=5e-4', 'lr', 5e-4), ('lr=1', 'lr', 1.), ('ema=yes', 'ema', True), ('ema=0', 'ema', False),
     ('clip_grad=none', 'clip_grad', None), ('clip_grad=1', 'clip_grad', 1.), ('pos=rel', 'pos', 'rel'), ('pos=none', 'pos', 'none'), ('pos=', 'pos', None),
     ('class_token=no', 'class_token', False), ('class_token=none', 'class_token', None), ('amp=bf16', 'amp', 'bf16'), ('rand_augment=', 'rand_augment', ''),
-    ("'model_args={\"depth\": 6, \"embed_dim\": 96}'", 'model_args', dict(depth=6, embed_dim=96))])
+    ("'model_args={\"patch_size\": 8}'", 'model_args', dict(patch_size=8)), ('num_heads=3', 'num_heads', 3), ('num_heads=[2,4]', 'num_heads', [2, 4]),
+    ('num_classes=none', 'num_classes', None)])
 def test_words_become_values(words, field, value):
     recipe = Recipe().override(words)
     assert getattr(recipe, field) == value and (value is None or type(getattr(recipe, field)) is type(value))
-    assert set(Recipe().differences(recipe)) <= {field}
+    assert set(Recipe().differences(recipe)) <= {field} | ({'warmup_epochs'} if field == 'epochs' else set())
 
 
 @pytest.mark.parametrize('words, message', [
     ('epoch=3', 'did you mean epochs'), ('weightdecay=0', 'did you mean weight_decay'), ('zzz=1', 'choose from name, model'),
     ('epochs=0', "epochs=0 is not valid: give int, at least 1"), ('epochs=1e2', "epochs='1e2'"), ('lr=fast', "lr='fast' is not valid: give float, above 0"),
     ('lr=inf', 'lr=inf'), ('amp=fp8', "one of '', 'bf16', 'fp16'"), ('kernel=wide', "one of 'pair', 'depthwise'"), ('ema=maybe', 'give bool'),
-    ('epochs', 'write field=value'), ('epochs=10', 'warmup_epochs=20 does not end before epochs=10'), ('batch_size=7', 'mixed in pairs'),
-    ('grad_accum=3', 'no 3 equal parts'), ('mixup_prob=1.5', 'from 0 to 1'), ('drop_path=1', 'from 0 to 0.99'), ('num_classes=none', 'num_classes='),
-    ('model_args=[1]', 'give dict'), ("'model_args={\"img_size\": 32}'", 'set the field input_size'), ("'model_args={\"class_token\": false}'", 'set the field class_token'),
-    ('epochs=2', 'add --warmup_epochs 0.13, or warmup_epochs=0.13 in Python')])
+    ('epochs', 'write field=value'), ('epochs=10 warmup_epochs=20', 'warmup_epochs=20 does not end before epochs=10'), ('batch_size=7', 'mixed in pairs'),
+    ('grad_accum=3', 'no 3 equal parts'), ('mixup_prob=1.5', 'from 0 to 1'), ('drop_path=1', 'from 0 to 0.99'), ('num_classes=few', 'num_classes='), ('num_heads=[2,0]', 'num_heads='), ('opt=adamx', "opt='adamx'"), ('seed=-1', 'seed=-1'), ('seed=4294967296', 'seed='),
+    ('model_args=[1]', 'give dict'), ("'model_args={\"img_size\": 32}'", 'set the field img_size'), ("'model_args={\"class_token\": false}'", 'set the field class_token'), ("'model_args={\"depth\": 3}'", 'set the field depth'),
+    ('epochs=2 warmup_epochs=2', 'add --warmup_epochs 0.13, or warmup_epochs=0.13 in Python')])
 def test_what_makes_no_sense_is_refused(words, message):
     with pytest.raises(ValueError) as error: Recipe().override(words)
     assert message in str(error.value)
@@ -128,3 +113,65 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr('os.replace', broken)
     with pytest.raises(OSError): RECIPES['swin_t'].save(file)
     assert Recipe.load(file) == RECIPES['digits'] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize('name', list(RECIPES))
+@pytest.mark.parametrize('epochs', [1, 2, 3, 10, 100])
+def test_a_short_run_gets_a_warm_up_that_fits(name, epochs):
+    recipe = RECIPES[name].override(epochs=str(epochs))
+    shorter = epochs < RECIPES[name].epochs
+    assert recipe.warmup_epochs == (min(RECIPES[name].warmup_epochs, epochs / 5) if shorter else RECIPES[name].warmup_epochs)
+    assert RECIPES[name].replace(epochs=epochs, warmup_epochs=0.5).warmup_epochs == 0.5, 'what is given stays'
+
+
+@dataclasses.dataclass(frozen=True)
+class Extended(Recipe):
+    "A recipe with one more line for a model, for data, for the optimizer and for mixing."
+    qkv_bias: bool | None = setting(None, 'bias of queries, keys and values', to='model.qkv_bias')
+    eps: float | None = setting(None, "AdamW's epsilon", to='optimizer.eps')
+    erasing: float = setting(0.5, 'boxes', to='data.random_erasing')
+    correct: bool = setting(True, 'label follows the box', to='mixing.correct_lam')
+
+
+def test_one_line_makes_option_file_table_and_argument(tmp_path):
+    recipe = Extended().override('qkv_bias=no eps=1e-6 correct=off')
+    options = {option.name: option for option in recipe_options(Extended)}
+    assert options['qkv_bias'].help == 'bias of queries, keys and values' and options['eps'].type is str
+    recipe.save(tmp_path/'recipe.json')
+    assert Extended.load(tmp_path/'recipe.json') == recipe
+    assert '| `qkv_bias` | false | bias of queries, keys and values |' in recipe.table()
+    assert recipe.arguments('model')['qkv_bias'] is False and 'qkv_bias' not in Extended().arguments('model')
+    assert recipe.arguments('optimizer') == dict(opt='adamw', eps=1e-6) and recipe.arguments('data')['random_erasing'] == 0.5
+    assert recipe.arguments('mixing')['correct_lam'] is False
+    with pytest.raises(ValueError, match='did you mean qkv_bias'): Extended().override('qkv_bais=no')
+    with pytest.raises(ValueError, match='set the field qkv_bias'): Extended(model_args=dict(qkv_bias=False))
+
+
+def test_one_line_reaches_the_object_that_uses_it():
+    from vitdynconv.data import digits_dls
+    from vitdynconv.data.shards import image_settings
+    from vitdynconv.train.learner import create_learner
+    from vitdynconv.train.run import recipe_model
+    small = {name: getattr(RECIPES['digits'], name) for name in ('model', 'model_args', 'embed_dim', 'depth', 'num_heads', 'img_size', 'in_chans', 'class_token', 'num_classes')}
+    recipe = Extended(**small).override('qkv_bias=no eps=1e-6 correct=off')
+    model = recipe_model(recipe)
+    assert model.blocks[0].attn.qkv.bias is None
+    learn = create_learner(model, digits_dls(batch_size=64), recipe)
+    learn.create_opt()
+    assert {group['eps'] for group in learn.opt.opt.param_groups} == {1e-6} and learn.mixing.mixup.correct_lam is False
+    assert image_settings(recipe)['random_erasing'] == 0.5
+
+
+def test_every_option_of_the_command_is_a_field():
+    options = recipe_options()
+    assert [option.name for option in options] == [each.name for each in dataclasses.fields(Recipe) if each.name != 'name']
+    assert all(option.help and option.default is None for option in options)
+    assert 'from 0 to 0.99' in {option.name: option.help for option in options}['drop_path']
+
+
+@pytest.mark.parametrize('name', list(RECIPES))
+def test_a_recipe_that_averages_can_see_the_difference(name):
+    "An average that remembers more steps than a run has is the beginning of the run: of a small set, say 500 pictures."
+    recipe = RECIPES[name]
+    steps = recipe.epochs * (1_281_167 if recipe.num_classes == 1000 else 500) / recipe.batch_size
+    if recipe.ema: assert 1 / (1 - recipe.ema_decay) < steps / 3

@@ -24,7 +24,6 @@ from vitdynconv.train.checkpoint import CheckpointError, RunStopped, load_checkp
 from vitdynconv.data import imagenet_dls
 from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_weights, vdc_eval
-from vitdynconv.train.callbacks import warmup_cosine
 from vitdynconv.train.logbook import wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
 from vitdynconv.train.run import choose_recipe, recipe_dls, recipe_model, run_learner, vdc_train, weights_images
@@ -277,7 +276,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(copied, capsys):
     (dict(out='RUN', set='warmth=1'), "no 'warmth'"),
     (dict(out='RUN', set='warmth'), 'field=value'),
     (dict(out='RUN', set='warmup_epochs=20'), 'warmup_epochs'),
-    (dict(out='RUN', recipe='deit_s', epochs='2'), 'add --warmup_epochs 0.13'),
+    (dict(out='RUN', recipe='deit_s', epochs='2', warmup_epochs='3'), 'add --warmup_epochs 0.13'),
+    (dict(out='RUN', opt='adamx'), "opt='adamx'"),
+    (dict(out='RUN', num_heads='0'), 'num_heads=0'),
     (dict(out='RUN', activation='lnrelu'), 'ln_relu'),
     (dict(out='RUN', kernel='sparse'), 'depthwise'),
     (dict(out='RUN', model='deit_smal_patch16_224'), 'deit_small_patch16_224'),
@@ -304,11 +305,11 @@ def test_the_option_that_an_error_proposes_helps():
 
 # A recipe decides data and model
 
-@pytest.mark.parametrize('changes, tokens', [({}, 16), (dict(input_size=24), 36), (dict(input_size=24, class_token=True), 37), (dict(class_token=True), 17)])
+@pytest.mark.parametrize('changes, tokens', [({}, 16), (dict(img_size=24), 36), (dict(img_size=24, class_token=True), 37), (dict(class_token=True), 17)])
 def test_input_size_and_class_token_of_digits_reach_data_and_model(changes, tokens):
     recipe = RECIPES['digits'].replace(**changes)
     images, _ = recipe_dls(recipe).valid.one_batch()
-    assert images.shape[1:] == (1, recipe.input_size, recipe.input_size)
+    assert images.shape[1:] == (1, recipe.img_size, recipe.img_size)
     for model in (recipe_model(recipe), demo_model('ln_relu', recipe)):
         assert model.forward_features(images).shape[1] == tokens and model.patch_embed.img_size == images.shape[2:]
         if not recipe.class_token: continue
@@ -319,7 +320,7 @@ def test_input_size_and_class_token_of_digits_reach_data_and_model(changes, toke
 
 
 def test_a_command_line_with_another_input_size_trains(tmp_path):
-    vdc_train(out=str(tmp_path/'RUN'), epochs='1', warmup_epochs='0.1', batch_size='256', set='input_size=8 class_token=yes')
+    vdc_train(out=str(tmp_path/'RUN'), epochs='1', warmup_epochs='0.1', batch_size='256', set='img_size=8 class_token=yes')
     weights = read_weights(tmp_path/'RUN/model.safetensors')[1]
     assert weights['pos_embed'].shape[1] == 5 and 'cls_token' in weights
 
@@ -343,7 +344,7 @@ def tree(tmp_path_factory): return write_tree(tmp_path_factory.mktemp('tree'))
 
 
 TINY = RECIPES['deit_s'].replace(   # Table 4's, but for the size of model, data and batch
-    model='vit_tiny_patch16_224', model_args=dict(depth=2, embed_dim=32, num_heads=2, patch_size=8), num_classes=4, input_size=32,
+    model='vit_tiny_patch16_224', model_args=dict(patch_size=8), depth=2, embed_dim=32, num_heads=2, num_classes=4, img_size=32,
     epochs=2, warmup_epochs=1., batch_size=16, lr_batch_size=16, workers=0)
 
 
@@ -429,7 +430,10 @@ def test_decay_groups(watched):
 
 def test_learning_rate_trace(watched):
     steps = 2 * len(watched.dls.train)
-    expected = [warmup_cosine(1e-3, 0.5)(i / steps) for i in range(steps)]
+    half = steps // 2
+    up = [1e-6 + (1e-3 - 1e-6) * i / half for i in range(half)]
+    down = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * i / half)) / 2 for i in range(half)]
+    expected = up + down
     assert [rates[0] for rates in watched.watch.rates] == pytest.approx(expected)
     assert expected[0] == pytest.approx(1e-6) and max(expected) == pytest.approx(1e-3) and expected.index(max(expected)) == steps // 2
     assert all(len(set(rates)) == 1 for rates in watched.watch.rates)
@@ -474,9 +478,9 @@ def test_a_tree_trained_by_the_command_and_evaluated(tree, tmp_path, capsys):
 
 
 def test_a_swin_trained_by_the_command(tree, tmp_path):
-    body = json.dumps(dict(patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4), separators=(',', ':'))
+    body = json.dumps(dict(patch_size=2, depths=[1, 1], window_size=4), separators=(',', ':'))
     vdc_train(data=str(tree), recipe='swin_t', activation='ln_relu', out=str(tmp_path/'RUN'), epochs='1', warmup_epochs='0.5', batch_size='32', workers='0',
-              set=f"num_classes=4 input_size=32 'model_args={body}'")
+              set=f"num_classes=4 img_size=32 embed_dim=16 num_heads=[2,4] 'model_args={body}'")
     recipe, tensors, _ = read_weights(tmp_path/'RUN/model.safetensors')
     assert (recipe.name, recipe.drop_path, recipe.activation) == ('swin_t', 0.2, 'ln_relu')
     assert any(name.endswith('relative_position_bias_table') for name in tensors) and any('.act.' in name for name in tensors)
@@ -492,7 +496,7 @@ def test_dropout_is_in_effect():
 
 def test_images_are_prepared_as_pretrained_weights_expect(tree, tmp_path):
     "timm's ViT-S was trained with 0.5 for mean and deviation; nothing is downloaded, the facts come with timm."
-    plain = TINY.replace(model='vit_small_patch16_224', input_size=32)
+    plain = TINY.replace(model='vit_small_patch16_224', img_size=32)
     tuned = plain.replace(pretrained=True)
     assert weights_images(plain) == {} and weights_images(TINY.replace(pretrained=True, model='deit_small_patch16_224')) == dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     (usual, _), (halves, _) = (recipe_dls(recipe, str(tree)).valid.one_batch() for recipe in (plain, tuned))

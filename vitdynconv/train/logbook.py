@@ -18,7 +18,7 @@ from fastai.callback.all import *
 from tqdm import tqdm
 from .checkpoint import RunStopped
 from ..tools.files import replacing
-from ..viz.figures import draw_curves
+from ..viz.curves import draw_curves
 
 # %% ../../nbs/train/04_logbook.ipynb #4d39d36e
 def peak_memory(device) -> float:

@@ -1,0 +1,65 @@
+"What all tests share."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def pytest_configure(config):
+    "One thread: sums come out in one order, and two halves of the tests can run side by side."
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def require(program):
+    "The path of a program. Without it a test is skipped on a developer's machine, and fails in continuous integration."
+    path = shutil.which(program)
+    if path: return path
+    reason = f"needs {program}; on Debian: apt install {'nodejs' if program == 'node' else program}"
+    if IN_CI: pytest.fail(f"{reason} (in continuous integration nothing may be skipped for want of it)")
+    pytest.skip(reason)
+
+
+def settings():
+    "The section of settings.ini."
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def notebooks():
+    "Every notebook of the project, by path."
+    hidden = lambda path: any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)
+    return sorted(path for path in NBS.rglob("*.ipynb") if not hidden(path))
+
+
+def cells(path, kind=None):
+    "The cells of a notebook, of one kind or of all."
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if kind in (None, cell["cell_type"])]
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The checkout."
+    return ROOT
+
+
+@pytest.fixture
+def run_command(tmp_path):
+    "Run a console command of the library by name, in a folder of its own."
+    scripts = dict(script.split("=") for script in settings()["console_scripts"].split())
+
+    def run(name, *words, timeout=300, **env):
+        module, function = scripts[name].split(":")
+        code = f"import sys; sys.argv[0] = {name!r}; from {module} import {function}; sys.exit({function}())"
+        return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=timeout, env=os.environ | env)
+    return run
