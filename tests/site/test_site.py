@@ -261,7 +261,8 @@ def test_readmes_example_shows_its_output():
 
 def test_readmes_table_is_the_papers_the_counted_and_the_measured():
     import csv
-    from vitdynconv.models.cost import Cost, table3_formula
+    from vitdynconv.models.cost import Cost
+    from vitdynconv.models.formulas import table3_formula
     from vitdynconv.models.paper import TABLE3
     with open(NBS/"results/speed.csv", newline="") as file: measured = {row["work"]: float(row["ratio"]) for row in csv.DictReader(file) if row["suite"] == "model"}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if re.match(r"\| (DeiT|Swin)-", line)]

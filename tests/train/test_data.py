@@ -23,8 +23,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitdynconv.data import cluttered_digits_dls, digits_dls, imagenet_dls, preflight, write_imagefolder
 from vitdynconv.data.images import image_transforms
-from vitdynconv.data.loader import TensorLoader
-from vitdynconv.data.shards import devkit_labels, own_device
+from vitdynconv.data.imagenet import own_device
+from vitdynconv.data.shards import devkit_labels
+from vitdynconv.data.tensors import TensorLoader
 from vitdynconv.train.recipes import RECIPES
 
 
@@ -100,7 +101,7 @@ def test_torchrun_decides_the_share_before_any_process_group(tree, monkeypatch):
     for dls in (tree_dls(tree), digits_dls(), cluttered_digits_dls(copies=1)):
         assert [(loader.rank, loader.world) for loader in dls.loaders] == [(1, 2)] * 2 and dls.train.bs == (10 if dls.train.bs == 10 else 16)
     assert (digits_dls(rank=0, world=1).train.rank, digits_dls(rank=0, world=1).train.world) == (0, 1)
-    monkeypatch.setattr('vitdynconv.data.shards.default_device', lambda: torch.device('cuda', 0))
+    monkeypatch.setattr('vitdynconv.data.imagenet.default_device', lambda: torch.device('cuda', 0))
     assert own_device() == torch.device('cuda', 1), 'each process has its own GPU'
     with pytest.raises(ValueError, match='rank=2 is not one of 2 processes'): digits_dls(rank=2, world=2)
 
@@ -233,7 +234,7 @@ def test_mistakes_are_named_before_any_work(tree, changes, words):
 def test_a_missing_split_is_not_taken_from_the_root(tree, tmp_path):
     shutil.copytree(tree / 'validation', tmp_path / 'val')
     with pytest.raises(ValueError, match="no 'train' split"): tree_dls(tmp_path)
-    with pytest.raises(ValueError, match='is not a folder'): tree_dls(tmp_path / 'missing')
+    with pytest.raises(ValueError, match='does not exist'): tree_dls(tmp_path / 'missing')
 
 
 def test_preflight_compares_the_model(tree):
