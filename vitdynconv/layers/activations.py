@@ -14,8 +14,9 @@ from difflib import get_close_matches
 from typing import Callable
 import numpy as np
 import torch
-from torch import nn, Tensor
 import torch.nn.functional as F
+from scipy.special import erf
+from torch import nn, Tensor
 
 # %% ../../nbs/layers/02_activations.ipynb #3f415273
 FAMILIES = 'fused', 'linear', 'layernorm', 'pointwise', 'rows'
@@ -73,12 +74,13 @@ def reference_rows(
     bias=None,               # broadcasts to (..., n, m), or None for zero
     mask=None,               # bool, broadcasts to (..., n, m), or None for all
     **settings,              # for `formula`; an array of m entries is cut like the row
-) -> np.ndarray:             # (..., n, m) float64; zero outside the mask, and in rows that select nothing
+) -> np.ndarray:             # (..., n, m) float64, or complex if an argument is; zero outside the mask, and in rows that select nothing
     "Apply a formula to the selected kernels of one row after the other."
-    logits = np.asarray(logits, np.float64)
-    bias = np.broadcast_to(0. if bias is None else np.asarray(bias, np.float64), logits.shape)
+    arrays = [value for value in settings.values() if np.ndim(value)]
+    logits = np.asarray(logits)
+    bias = np.broadcast_to(0. if bias is None else np.asarray(bias), logits.shape)
     mask = np.broadcast_to(True if mask is None else np.asarray(mask), logits.shape)
-    weights = np.zeros(logits.shape)
+    weights = np.zeros(logits.shape, np.result_type(np.float64, logits, bias, *arrays))
     for row in np.ndindex(logits.shape[:-1]):
         chosen = mask[row]
         if not chosen.any(): continue
@@ -292,7 +294,9 @@ class KernelLayerNorm(Activation):
         return dict(eps=self.eps, weight=self.weight.detach().double().cpu().numpy(), shift=self.bias.detach().double().cpu().numpy())
 
     @staticmethod
-    def formula(s, b, eps=1e-5, weight=1., shift=0.): return weight * (s - s.mean()) / np.sqrt(s.var() + eps) + shift + b
+    def formula(s, b, eps=1e-5, weight=1., shift=0.):
+        centred = s - s.mean()
+        return weight * centred / np.sqrt((centred ** 2).mean() + eps) + shift + b
 
 # %% ../../nbs/layers/02_activations.ipynb #9833f672
 @register('ln_relu')
@@ -303,7 +307,8 @@ class KernelLayerNormReLU(KernelLayerNorm):
 
     @staticmethod
     def formula(s, b, eps=1e-5, weight=1., shift=0.):
-        normed = (s - s.mean()) / np.sqrt(s.var() + eps)
+        centred = s - s.mean()
+        normed = centred / np.sqrt((centred ** 2).mean() + eps)
         return np.maximum(weight * normed + shift, 0) + b
 
 # %% ../../nbs/layers/02_activations.ipynb #9263a100
@@ -336,7 +341,7 @@ class GELU(OverLength):
     @staticmethod
     def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
         s = scaled(s, scale, head_dim)
-        return s * (1 + np.vectorize(math.erf)(s / math.sqrt(2))) / 2 / len(s) + b
+        return s * (1 + erf(s / math.sqrt(2))) / 2 / len(s) + b
 
 @register('relu6')
 class ReLU6(OverLength):
@@ -349,10 +354,12 @@ class ReLU6(OverLength):
 @register('softplus')
 class Softplus(OverLength):
     "log(1 + exp(s')) / n (arXiv 2309.08586)."
-    family, nonlinearity, f = 'pointwise', 'Softplus', staticmethod(F.softplus)
+    family, nonlinearity, f = 'pointwise', 'Softplus', staticmethod(lambda s: F.softplus(s, threshold=40))  # above 20, its default, F.softplus drops 2e-9
 
     @staticmethod
-    def formula(s, b, head_dim=None, scale='sqrt_head_dim'): return np.logaddexp(0, scaled(s, scale, head_dim)) / len(s) + b
+    def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
+        s = scaled(s, scale, head_dim)
+        return (np.maximum(s, 0) + np.log1p(np.exp(np.minimum(s, -s)))) / len(s) + b
 
 # %% ../../nbs/layers/02_activations.ipynb #7e96724c
 @register('sigmoid')
@@ -387,7 +394,7 @@ class SoftmaxPlusOne(Softmax):
     @staticmethod
     def formula(s, b, head_dim=None, temperature=None):
         score = s / (temperature or math.sqrt(head_dim)) + b
-        top = max(score.max(), 0)
+        top = np.maximum(score.max(), 0)
         e = np.exp(score - top)
         return e / (np.exp(-top) + e.sum())
 
@@ -410,10 +417,13 @@ class Sparsemax(Softmax):
 
     @staticmethod
     def formula(s, b, head_dim=None, temperature=None):
-        "By bisection for the threshold that makes the weights sum to one."
+        "Which weights are positive is found by bisection; they are then lowered together until they sum to one."
         score = s / (temperature or math.sqrt(head_dim)) + b
-        low, high = score.max() - 1, score.max()
-        for _ in range(200):
+        low, high = score.real.max() - 1, score.real.max()
+        for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if np.maximum(score - middle, 0).sum() > 1 else (low, middle)
-        return np.maximum(score - low, 0)
+            if np.maximum(score.real - middle, 0).sum() > 1: low = middle
+            else: high = middle
+        positive = score.real > low
+        threshold = (score[positive].sum() - 1) / positive.sum()
+        return np.where(positive, score - threshold, 0)
