@@ -36,7 +36,8 @@ from .data import cluttered_digits_dls
 from .train.learner import create_learner
 from .models.paper import TABLE2
 from .models.registry import create_model
-from .viz.figures import INK, draw_curves, inked
+from .viz.curves import draw_curves
+from .viz.theme import INK, ink_axes
 from .train.recipes import RECIPES, Recipe
 
 # %% ../nbs/study.ipynb #4d64125f
@@ -378,7 +379,7 @@ def draw_verdicts(
     xlabel: str,             # what the differences are
 ) -> Figure:
     "Intervals of paired differences, one finding below the other."
-    fig, (ax,) = inked(9, .9 + .27 * len(verdicts))
+    fig, (ax,) = ink_axes(9, .9 + .27 * len(verdicts))
     for i, v in enumerate(verdicts.itertuples()):
         sign = SIGNS[v.verdict]
         ax.plot([v.low, v.high], [i, i], color=sign['color'], lw=1.6)

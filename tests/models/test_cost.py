@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitdynconv.layers.activations import ACTIVATIONS
-from vitdynconv.models.cost import Cost, analyse, count, peak_memory, swin_cost, vit_cost
+from vitdynconv.models.cost import Cost, analyse, count, peak_memory
+from vitdynconv.models.formulas import swin_cost, vit_cost
 from vitdynconv.fast.dispatch import accelerate
 from vitdynconv.models.surgery import convert
 
@@ -26,7 +27,7 @@ PAPER = """4.608 22.051 11.947|4.366 22.051 9.448|3.902 20.277 7.337|4.608 22.02
 
 def vdc_cost(*args):
     "Run the command as a user does."
-    code = 'import sys; from vitdynconv.models.cost import vdc_cost; sys.argv[0] = "vdc_cost"; vdc_cost()'
+    code = 'import sys; from vitdynconv.models.commands import vdc_cost; sys.argv[0] = "vdc_cost"; vdc_cost()'
     return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300)
 
 

@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -22,7 +21,9 @@ from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
 from vitdynconv.layers.equivalence import attention
-from vitdynconv.models.surgery import convert, find_mixers, timm_model, to_timm
+from vitdynconv.models.backbones import find_mixers
+from vitdynconv.models.surgery import convert, to_timm
+from vitdynconv.models.weights import timm_model
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
 
@@ -121,7 +122,7 @@ def mix(a, y, seen):
     "One mixer, window by window."
     heads = lambda t: t.unflatten(3, (a.num_heads, a.head_dim)).transpose(2, 3)    # (b, windows, h, n, d)
     n = y.shape[2]
-    B = torch.zeros(a.num_heads, n, n).to(y) if a.bias() is None else a.bias()
+    B = torch.zeros(a.num_heads, n, n).to(y) if a.position() is None else a.position().bias()
     if isinstance(a, DepthwiseSelfAttention):
         q, k = map(heads, a.qk(y).chunk(2, -1))
         weights = (B.unflatten(0, (a.num_heads, -1)) * seen[:, :, :, None]) # (..., h, 1 or d, n, n)
@@ -257,7 +258,8 @@ def test_tokens_and_places_that_do_not_go_together():
 # The command
 
 def vdc_convert(*args):
-    return subprocess.run([Path(sys.executable).with_name('vdc_convert'), *map(str, args)], capture_output=True, text=True, timeout=300)
+    code = 'import sys; from vitdynconv.models.commands import vdc_convert; sys.argv[0] = "vdc_convert"; vdc_convert()'
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_converts_a_file_and_reports_each_weight(tmp_path):

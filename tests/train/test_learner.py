@@ -602,3 +602,10 @@ def test_a_log_is_plain_lines_and_a_terminal_gets_a_bar(tmp_path):
         seen += chunk
     assert on_terminal.wait() == 0
     assert b'epoch 1/1 train' in seen and b'%|' in seen and b'\r' in seen
+
+
+def test_a_learner_that_never_trained_validates_and_predicts():
+    learn = digits_learner()
+    loss, share = learn.validate()
+    assert learn.opt is None and loss == pytest.approx(math.log(10), abs=0.3) and 0 <= share <= 1
+    assert learn.get_preds()[0].shape == (360, 10)

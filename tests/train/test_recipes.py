@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from vitdynconv.models.paper import TABLE4
-from vitdynconv.train.recipes import RECIPES, Recipe, recipe_options, setting, table4, table4_column
+from vitdynconv.train.recipes import RECIPES, Recipe, recipe_options, table4, table4_column
+from vitdynconv.train.settings import setting
 
 # what the paper's table calls by another name than the recipe
 NAMES = dict(optimizer='opt', dropout='drop', stochastic_depth='drop_path', grad_clip='clip_grad')

@@ -3,9 +3,11 @@ from vitdynconv import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
-    loader="EpochLoader TensorSet TensorLoader seed_from kept_randomness",
+    loader="EpochLoader ImageData seed_from kept_randomness own_share stratified_split",
+    tensors="TensorSet TensorLoader LightAugment tensor_dls",
     digits="digits_dls cluttered_digits_dls",
-    fashion="fashion_dls",
-    images="write_imagefolder image_transforms keep_one_bit",
-    shards="imagenet_dls preflight",
+    fashion="fashion_dls find_fashion",
+    images="write_imagefolder image_transforms keep_one_bit as_rgb",
+    folders="folder_summary data_fingerprint fingerprint_differences",
+    imagenet="imagenet_dls preflight",
 )

@@ -5,10 +5,13 @@ from vitdynconv import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
-    cost="count table3",
+    cost="count",
+    formulas="table3",
     paper="PAPER_BASES TABLE1 TABLE2 TABLE3 TABLE4",
     registry="create_model paper_model",
     surgery="convert to_timm",
+    systems="SYSTEMS exchange",
+    weights="checkpoint_filter_fn",
 )
 
 if "timm" in sys.modules:  # the registry of timm can be filled at once; before, it is filled with the first name used
