@@ -1,6 +1,7 @@
 "What all tests share."
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,41 @@ def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+PROGRAMS = {  # what a test asks for -> the commands that do, and the Debian package
+    "node": (["node"], "nodejs"),
+    "chromium": (["chromium", "chromium-browser", "google-chrome", "chrome"], "chromium"),
+}
+
+
 def require(program):
     "The path of a program. Without it a test is skipped on a developer's machine, and fails in continuous integration."
-    path = shutil.which(program)
-    if path: return path
-    reason = f"needs {program}; on Debian: apt install {'nodejs' if program == 'node' else program}"
+    commands, package = PROGRAMS[program]
+    for command in commands:
+        if shutil.which(command): return shutil.which(command)
+    reason = f"needs {program}; on Debian: apt install {package}"
     if IN_CI: pytest.fail(f"{reason} (in continuous integration nothing may be skipped for want of it)")
     pytest.skip(reason)
+
+
+def pytest_collection_modifyitems(items):
+    "Tests that are marked cuda are skipped where there is no GPU."
+    if not any(item.get_closest_marker("cuda") for item in items): return
+    import torch
+    if torch.cuda.is_available(): return
+    for item in items:
+        if item.get_closest_marker("cuda"): item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+MISSING = re.compile(r"could not import '(?!triton)|needs the \S+ package")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    "In continuous integration a package that is missing is a failure, not a reason to skip."
+    report = yield
+    if IN_CI and report.skipped and isinstance(report.longrepr, tuple) and MISSING.search(report.longrepr[2]):
+        report.outcome, report.longrepr = "failed", f"skipped for want of a package: {report.longrepr[2]}"
+    return report
 
 
 def settings():
