@@ -656,3 +656,16 @@ def test_the_cosine_ends_at_the_lowest_rate():
     n = len(seen)
     expected = [1e-3 + (1e-2 - 1e-3) * (1 + math.cos(math.pi * i / n)) / 2 for i in range(n)]
     assert seen == pytest.approx(expected, rel=1e-5) and 1e-3 < seen[-1] < 1.1e-3
+
+
+@pytest.mark.parametrize('decay', [0.5, 0.95])
+def test_averaged_weights_follow_the_recurrence(decay):
+    class Weights(Callback):
+        order = 95
+        def before_fit(self): self.seen = [self.model.head.weight.detach().clone()]
+        def after_step(self): self.seen.append(self.model.head.weight.detach().clone())
+    learn = digits_learner(Weights(), ema=True, ema_decay=decay)
+    learn.fit(1)
+    average = learn.weights.seen[0]
+    for weight in learn.weights.seen[1:]: average = decay * average + (1 - decay) * weight
+    assert_equal(learn.weight_average.average.module.head.weight, average, 1e-5)
