@@ -13,6 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from .adapter import Backbone, Converted, Place
+from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
 
 # %% ../../nbs/models/02_vit.ipynb #bb006mo
 class DynamicConvViT(Converted, VisionTransformer):
