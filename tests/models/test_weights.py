@@ -50,6 +50,9 @@ def built(name, body, settings, size=SMALL, **kwargs):
 def images(name, size, channels=3): return torch.randn(2, channels, *size[kind(name)], generator=torch.Generator().manual_seed(3))
 
 
+def same_windows(model): return dict(window_size=7) if hasattr(model, 'layers') else {}   # as a model that is built for another size
+
+
 def head_of(model):
     heads = model.get_classifier()
     return {n for n, m in model.named_modules() if any(m is h for h in (heads if isinstance(heads, tuple) else (heads,)))}
@@ -70,10 +73,9 @@ def test_a_finished_checkpoint_fits_any_size(name, body, settings, tmp_path):
     assert_equal(same(images(name, SMALL)), old(images(name, SMALL)), tol=1e-6)
     larger = built(name, body, settings, LARGE, checkpoint=tmp_path/'old.pth', num_classes=3).eval()
     moved = copy.deepcopy(old)
-    moved.set_input_size(LARGE[kind(name)])
+    moved.set_input_size(LARGE[kind(name)], **same_windows(moved))
     assert_kept(larger, moved)
     moved.reset_classifier(3)
-    moved.get_classifier() # the head alone is new
     for n in head_of(moved): moved.get_submodule(n).load_state_dict(larger.get_submodule(n).state_dict())
     assert_equal(larger(images(name, LARGE)), moved(images(name, LARGE)), tol=1e-5)
 
@@ -98,7 +100,7 @@ def test_a_published_model_is_fetched_at_another_size(name, body, settings, tmp_
     assert_equal(again(images(name, SMALL)), old(images(name, SMALL)), tol=1e-6)
     larger = timm.create_model(f'local-dir:{tmp_path/"model"}', pretrained=True, img_size=LARGE[kind(name)], num_classes=2).eval()
     moved = copy.deepcopy(old)
-    moved.set_input_size(LARGE[kind(name)])
+    moved.set_input_size(LARGE[kind(name)], **same_windows(moved))
     assert_kept(larger, moved)
 
 

@@ -195,7 +195,7 @@ def timm_mixer(self: SwinBackbone, mixer: DynamicConvAttention) -> nn.Module:
     "A softmax mixer as timm's `WindowAttention`; without tables it gets tables of zeros."
     inner = mixer.num_heads * mixer.head_dim
     width = {} if inner == mixer.dim else dict(head_dim=mixer.head_dim)
-    like = mixer.proj.weight
+    like = next(mixer.parameters())
     new = WindowAttention(mixer.dim, mixer.num_heads, window_size=mixer.grid_size, attn_drop=mixer.attn_drop.p, proj_drop=mixer.proj_drop.p, **width).to(like)
     table = mixer.relative_position_bias_table
     if table is None: nn.init.zeros_(new.relative_position_bias_table)
