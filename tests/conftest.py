@@ -106,3 +106,10 @@ def site(tmp_path_factory):
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return folder / "_proc"
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    "Cluttered digits as JPEG files: 20 of each class and split."
+    from vitdynconv.data import cluttered_digits_dls, write_imagefolder
+    return write_imagefolder(cluttered_digits_dls(size=48, copies=1), tmp_path_factory.mktemp("images") / "digits", per_class=20)

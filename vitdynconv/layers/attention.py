@@ -361,9 +361,10 @@ def copy_weights(
         times, rest = divmod(new.num_tables, resized.shape[1])
         if times and not rest: table.copy_(resized.repeat_interleave(times, 1))
         table.requires_grad_(old_table.requires_grad)
-    known, state = new.state_dict(), old.state_dict()
-    kept = {name: w for name, w in state.items() if name.startswith('act.') and name in known and known[name].shape == w.shape}
-    new.load_state_dict(known | kept)
+    if not (hasattr(new, 'act') and hasattr(old, 'act')): return
+    known = new.act.state_dict()
+    for name, w in old.act.state_dict().items():
+        if name in known and known[name].shape == w.shape: known[name].copy_(w)
 
 # %% ../../nbs/layers/05_attention.ipynb #2098e56d
 @patch(cls_method=True)
