@@ -701,3 +701,25 @@ def test_the_rate_moves_only_where_a_step_begins():
     n = len(seen)
     expected = [1e-5 + (learn.lr - 1e-5) * (1 + math.cos(math.pi * (i - i % 4) / n)) / 2 for i in range(n)]
     assert seen == pytest.approx(expected, rel=1e-4)
+
+
+def test_fastais_mixup_gets_smoothed_labels():
+    "Both images of a pair, whichever comes first: the recipe's smoothing runs before fastai's callback."
+    class Rows(Callback):
+        order, run_valid = 50, False
+        def before_batch(self): self.learn.pairs = self.learn.mix_up.yb1[0], self.learn.yb[0]
+    learn = digits_learner([MixUp(), Rows()], label_smoothing=0.1)
+    learn.fit(1)
+    for rows in learn.pairs: assert rows.shape[1] == 10 and float(rows.min()) == pytest.approx(0.01)
+
+
+def test_tokens_and_tables_of_any_model_do_not_decay():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed, self.cls_token = (torch.nn.Parameter(torch.zeros(1, n, 8)) for n in (4, 1))
+            self.relative_position_bias_table = torch.nn.Parameter(torch.zeros(9, 2))
+            self.head = torch.nn.Linear(8, 2)
+    model = Plain()
+    resting, decaying = by_decay(parameter_groups(model), model)
+    assert decaying == {'head.weight'} and {'pos_embed', 'cls_token', 'relative_position_bias_table', 'head.bias'} == resting
