@@ -92,3 +92,10 @@ def run_command(tmp_path):
         return subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
                               timeout=timeout, env=os.environ | env)
     return run
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    "Cluttered digits as JPEG files: 20 of each class and split."
+    from vitdynconv.data import cluttered_digits_dls, write_imagefolder
+    return write_imagefolder(cluttered_digits_dls(size=48, copies=1), tmp_path_factory.mktemp("images") / "digits", per_class=20)
