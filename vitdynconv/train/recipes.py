@@ -35,7 +35,7 @@ class ModelSettings:
     img_size: int = setting(
         224, 'pixels a side', MMCLS, between(1), 'model.img_size data.input_size')
     in_chans: int | None = setting(
-        None, 'channels of an image; None: 3', check=between(1), to='model.in_chans')
+        None, 'channels of an image; None: 3', check=between(1), to='model.in_chans data.in_chans')
     depth: int | None = setting(
         None, 'blocks of a ViT; None: as the base', check=between(1), to='model.depth')
     embed_dim: int | None = setting(

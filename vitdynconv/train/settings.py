@@ -137,7 +137,7 @@ class ChangeableSettings(CheckedSettings):
         "`values`, and what follows from them for other fields."
         return values
 
-# %% ../../nbs/train/00_settings.ipynb #490d395a
+# %% ../../nbs/train/00_settings.ipynb #cde78e60
 class TextSettings(ChangeableSettings):
     "Changeable settings whose changes may be text."
     def override(
@@ -158,7 +158,8 @@ class TextSettings(ChangeableSettings):
 
     def differences(self, other) -> dict: # field -> (value here, value there)
         "The fields in which two settings differ."
-        here, there = dataclasses.asdict(self), dataclasses.asdict(other)
+        here = dataclasses.asdict(self)
+        there = dataclasses.asdict(other)
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
 # %% ../../nbs/train/00_settings.ipynb #649a54c8
