@@ -30,7 +30,7 @@ def demo_model(
     variant: str, # a key of VARIANTS
     recipe,       # a Recipe; names the backbone and its arguments
 ):                # a timm VisionTransformer for 10 classes, with relative position
-    "The model of a variant. All variants share the random weights that they start from, wherever they have the same parameter."
+    "The model of a variant. Where variants have the same parameter, it starts from the same random numbers."
     from vitdynconv.train.run import recipe_model
     return recipe_model(recipe.replace(**VARIANTS[variant], pos='rel'))
 
@@ -92,7 +92,7 @@ def write_results(
     report: dict,  # what goes into report.json
     history: list, # rows of all variants
 ) -> None:
-    "Write history.csv, curves.png and report.json into a folder, all complete before the first is moved there."
+    "Write history.csv, curves.png and report.json into a folder; all are complete before the first moves there."
     from vitdynconv.train.logbook import plot_curves
     panels = {'training loss': history_curves(history, 'train_loss'),
               'held-out loss': history_curves(history, 'valid_loss'),
@@ -149,7 +149,7 @@ def run_demo(
 @command
 def vdc_demo(
     epochs: int = 0,                    # epochs of each training; 0: as the recipe for digits has it
-    seed: int = 0,                      # decides weights and order of images; the same seed gives the same numbers
+    seed: int = 0,                      # decides weights and order of images
     variants: str = ','.join(VARIANTS), # which to train, separated by commas
     out: str = 'demo',                  # folder for history.csv, curves.png and report.json
     threads: int = 1,                   # CPU threads; with one the numbers depend on the seed alone
