@@ -321,7 +321,8 @@ def timm_settings(
     "The shape of an attention module. ValueError, naming the module and the reason, where it has parts that the paper's block lacks."
     kind, projection = type(attn).__name__, 'qk' if hasattr(attn, 'qk') else 'qkv'
     extra = [part for part in ('gate', 'norm') if not isinstance(getattr(attn, part, None), (type(None), nn.Identity))]
-    if not all(hasattr(attn, part) for part in (projection, 'proj', 'num_heads')): extra = ['qkv, proj and num_heads in other places']
+    if not all(hasattr(attn, part) for part in (projection, 'proj', 'num_heads')):
+        raise ValueError(f"{kind} is no attention with qkv, proj and num_heads; only timm's Attention and WindowAttention can be taken over")
     if extra: raise ValueError(f"{kind} has {' and '.join(extra)}, which the block of the paper lacks; only timm's Attention and WindowAttention can be taken over")
     parts = 2 if projection == 'qk' else 3
     dim, width = layer_size(getattr(attn, projection), f'{projection} of {kind}')
