@@ -104,7 +104,10 @@ def best_epochs(
     return [row['epoch'] for row in rows]
 
 # %% ../../nbs/train/03_checkpoint.ipynb #8cd82219
-def link_or_copy(source, target):
+def link_or_copy(
+    source: Path,  # file that is there
+    target: Path,  # its second name
+):
     "Give a file a second name; a copy where the file system has no hard links."
     try: os.link(source, target)
     except OSError:

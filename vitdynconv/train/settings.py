@@ -89,7 +89,9 @@ def has_type(
     if isinstance(value, float) and math.isnan(value): return False
     return type(value) in kinds or (type(value) is int and float in kinds)
 
-def type_words(kind) -> str:
+def type_words(
+    kind,  # a field's annotation, such as `float | None`
+) -> str:
     "A field's annotation in words: 'float or None'."
     names = [each.__name__ for each in typing.get_args(kind) or (kind,)]
     return ' or '.join(names).replace('NoneType', 'None')
