@@ -298,6 +298,7 @@ def bank_size(self: TokenMixer) -> int | None:
 def takes_additive_masks(self: DynamicConvAttention) -> bool:
     """May a mask of 0 and -100 stay a bias? Where it enters the logits and kernels compete; sigmoid counts
     the selected ones."""
+    if self.selection is not None: return False   # a selection joins masks of True and False
     return getattr(self.act, 'bias_in_logits', False) and getattr(self.act, 'communication', False)
 
 @patch
