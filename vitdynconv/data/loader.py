@@ -45,7 +45,9 @@ def kept_randomness(
     device=torch.device('cpu'),  # a CUDA device's generator is kept too
 ):
     "Leave the global generators after the block as they were before it."
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python = random.getstate()
+    numpy = np.random.get_state()
+    cpu = torch.get_rng_state()
     on_device = torch.cuda.get_rng_state(device) if device.type == 'cuda' else None
     try: yield
     finally:
@@ -79,10 +81,11 @@ def epoch_order(
 class EpochLoader:
     """Base of the loaders here: an epoch is a sequence of draws, and processes take turns along it.
 
-    A subclass defines `batches()`, a generator of `(images, labels)` on `self.device`. What it yields may depend on
-    `seed`, `epoch`, `rank` and `world`, and on nothing else."""
+    A subclass defines `batches()`, a generator of `(images, labels)` on `self.device`. What it
+    yields may depend on `seed`, `epoch`, `rank` and `world`, and on nothing else."""
     n_inp = 1  # a batch has one input, as fastai counts
-    settings = ('bs', 'shuffle', 'drop_last', 'repeats', 'seed', 'rank', 'world', 'device', 'after_batch')
+    settings = ('bs', 'shuffle', 'drop_last', 'repeats', 'seed', 'rank', 'world', 'device',
+                'after_batch')
 
     def __init__(
         self,
@@ -96,9 +99,14 @@ class EpochLoader:
         device=None,       # where batches are put
         after_batch=None,  # fastai's batch transforms, applied last
     ):
-        self.dataset, self.bs = dataset, bs
-        self.shuffle, self.drop_last, self.repeats = shuffle, drop_last, repeats
-        self.seed, self.rank, self.world = seed, rank, world
+        self.dataset = dataset
+        self.bs = bs
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.repeats = repeats
+        self.seed = seed
+        self.rank = rank
+        self.world = world
         self.epoch = 0
         self.after_batch = batch_pipeline(after_batch)
         self.to(device or torch.device('cpu'))
@@ -219,7 +227,8 @@ def one_batch(self: EpochLoader):
     "The first batch of the epoch; a pass that follows starts with the same one."
     if not len(self):
         step = self.bs * self.world
-        raise ValueError(f'no batch: {len(self.dataset)} images are fewer than one step of {step}: lower batch_size')
+        raise ValueError(f'no batch: {len(self.dataset)} images are fewer than one step of {step}: '
+                         'lower batch_size')
     return next(iter(self.new(num_workers=0)))
 
 # %% ../../nbs/data/00_loader.ipynb #2d7218b6
@@ -232,7 +241,8 @@ def channel_shape(values) -> Tensor:  # (c, 1, 1), to meet images (..., c, h, w)
 def decode(self: EpochLoader, x: Tensor) -> list:
     "Normalized images as pictures that can show themselves."
     kind = TensorImageBW if x.shape[1] == 1 else TensorImage
-    mean, std = channel_shape(self.dataset.mean), channel_shape(self.dataset.std)
+    mean = channel_shape(self.dataset.mean)
+    std = channel_shape(self.dataset.std)
     return [kind((image * std + mean).clamp(0, 1)) for image in x.detach().float().cpu()]
 
 
@@ -275,7 +285,8 @@ def show_results(self: EpochLoader, b, out, max_n=9, nrows=None, figsize=None):
     labels = out[0] if isinstance(out, tuple) else out
     titles = []
     for sample, label in zip(self.decode_batch(b, max_n), labels):
-        truth, predicted = ''.join(sample[1:]), self.vocab[int(label)]
+        truth = ''.join(sample[1:])
+        predicted = self.vocab[int(label)]
         mistaken = truth and truth != predicted
         titles.append(f'{truth} taken for {predicted}' if mistaken else predicted)
     self.show_batch(b, max_n, nrows, figsize, titles)
@@ -292,8 +303,10 @@ class ImageData:
         split_idx=1,
     ):
         "Store what every data set says of itself."
-        self.vocab, self.split_idx = list(vocab), split_idx
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.vocab = list(vocab)
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.split_idx = split_idx
 
     @property
     def loss_func(self):
@@ -303,7 +316,8 @@ class ImageData:
     @contextmanager
     def set_split_idx(self, split_idx):
         "Augment as in training (0) or prepare as in evaluation (1) within the block."
-        before, self.split_idx = self.split_idx, split_idx
+        before = self.split_idx
+        self.split_idx = split_idx
         try: yield self
         finally: self.split_idx = before
 
@@ -327,7 +341,7 @@ def stratified_split(
 ) -> list:          # training and held-out numbers
     "Split 0 to n - 1, each class in equal shares."
     if not 0 < valid_pct < 1:
-        raise ValueError(f'valid_pct={valid_pct} is not a share: choose one between 0 and 1, such as 0.2')
+        raise ValueError(f'valid_pct={valid_pct} is not a share: choose one between 0 and 1')
     numbers = np.arange(len(labels))
     parts = train_test_split(numbers, test_size=valid_pct, stratify=labels, random_state=split_seed)
     return [torch.as_tensor(part) for part in parts]
