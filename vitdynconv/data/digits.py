@@ -81,7 +81,7 @@ def photo_part(
     part = photos[..., int(span[0] * width):int(span[1] * width)]
     return F.interpolate(part, scale_factor=0.5, mode='area')
 
-
+# %% ../../nbs/data/02_digits.ipynb #dg3ph1x
 def photo_crops(
     n,            # how many
     size,         # pixels a side

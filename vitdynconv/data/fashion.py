@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'MEAN', 'STD', 'FILES', 'IMAGES', 'DEBIAN', 'read_idx', 'find_files', 'read_split', 'download',
-           'find_fashion', 'fit_pixels', 'fashion_parts', 'fashion_dls', 'check_fashion', 'first_of_each']
+           'find_fashion', 'fit_pixels', 'fashion_parts', 'check_fashion', 'first_of_each', 'fashion_dls']
 
 # %% ../../nbs/data/03_fashion.ipynb #fa4imp
 import gzip
@@ -63,7 +63,7 @@ def find_files(folder: Path) -> dict:  # split -> paths of images and labels; em
         found[split] = paths
     return found
 
-
+# %% ../../nbs/data/03_fashion.ipynb #fb0sp1x
 def read_split(
     split: str,    # 'train' or 'test'
     images: Path,
@@ -122,7 +122,7 @@ def fit_pixels(
         pixels = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in scaled])
     return pixels.repeat(1, channels, 1, 1)
 
-
+# %% ../../nbs/data/03_fashion.ipynb #fb5dl1x
 def fashion_parts(
     root, fetch,  # as in `find_fashion`
     held_out,     # 'test', or 'tune' for a part of the training images
@@ -135,6 +135,25 @@ def fashion_parts(
     if held_out == 'test': return [(pixels, labels), read_split('test', *files['test'])]
     parts = stratified_split(labels, valid_pct, split_seed)
     return [(pixels[part], labels[part]) for part in parts]
+
+# %% ../../nbs/data/03_fashion.ipynb #fb8check
+def check_fashion(size, channels, held_out, per_class) -> None:
+    "Raise a ValueError for a setting that is not valid."
+    if not 8 <= size <= 224:
+        raise ValueError(f'size={size} is out of range: choose from 8 to 224 pixels')
+    if channels not in (1, 3):
+        raise ValueError(f'channels={channels} is not valid: choose 1, or 3 equal ones')
+    if held_out not in ('test', 'tune'):
+        raise ValueError(f"held_out={held_out!r} is not valid: choose 'test' or 'tune'")
+    if per_class is not None and per_class < 1:
+        raise ValueError(f'per_class={per_class} leaves no image: choose 1 or more')
+
+
+def first_of_each(pixels: Tensor, labels: Tensor, per_class: int) -> tuple:
+    "The first `per_class` images of each class, in the order of the file."
+    kept = [(labels == number).nonzero()[:per_class, 0] for number in labels.unique()]
+    kept = torch.cat(kept).sort().values
+    return pixels[kept], labels[kept]
 
 # %% ../../nbs/data/03_fashion.ipynb #fb7dls
 def fashion_dls(
@@ -167,22 +186,3 @@ def fashion_dls(
         pixels = fit_pixels(pixels, size if resize else pixels.shape[-1], channels)
         sets.append(TensorSet(pixels, labels, CLASSES, augment=augment, size=size, **stats))
     return tensor_dls(*sets, batch_size, seed, rank, world, device)
-
-# %% ../../nbs/data/03_fashion.ipynb #fb8check
-def check_fashion(size, channels, held_out, per_class) -> None:
-    "Raise a ValueError for a setting that is not valid."
-    if not 8 <= size <= 224:
-        raise ValueError(f'size={size} is out of range: choose from 8 to 224 pixels')
-    if channels not in (1, 3):
-        raise ValueError(f'channels={channels} is not valid: choose 1, or 3 equal ones')
-    if held_out not in ('test', 'tune'):
-        raise ValueError(f"held_out={held_out!r} is not valid: choose 'test' or 'tune'")
-    if per_class is not None and per_class < 1:
-        raise ValueError(f'per_class={per_class} leaves no image: choose 1 or more')
-
-
-def first_of_each(pixels: Tensor, labels: Tensor, per_class: int) -> tuple:
-    "The first `per_class` images of each class, in the order of the file."
-    kept = [(labels == number).nonzero()[:per_class, 0] for number in labels.unique()]
-    kept = torch.cat(kept).sort().values
-    return pixels[kept], labels[kept]

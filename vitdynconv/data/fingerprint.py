@@ -62,7 +62,7 @@ def part_fingerprint(data) -> dict:
     if isinstance(reader, FolderReader): return reader_fingerprint(reader)
     return listed_fingerprint(data) if reader is not None else {'': [len(data), '']}
 
-
+# %% ../../nbs/data/08_fingerprint.ipynb #fq3an3x
 def data_fingerprint(
     dls,    # loaders
 ) -> dict:  # JSON's types: classes, channels, and per split and class [images, hash]
@@ -82,7 +82,7 @@ def moved_classes(before: dict, now: dict) -> dict:  # old name -> new name, whe
         if now.get(name) != mark and before.get(place) != mark: moved[name] = place
     return moved
 
-
+# %% ../../nbs/data/08_fingerprint.ipynb #fq6mo2x
 def part_differences(split: str, before: dict, now: dict) -> list:  # of sentences
     "What changed in one split."
     moved = moved_classes(before, now)

@@ -53,7 +53,7 @@ def is_image(name: str) -> bool:
     kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
     return kind in Image.OPEN
 
-
+# %% ../../nbs/data/05_folders.ipynb #fo9rezx
 class FolderReader(Reader):
     "A timm reader of class folders by the rules above; what it leaves out is counted in `others`."
     def __init__(
@@ -93,7 +93,7 @@ def class_folders(root) -> list:
     "Names of the folders in a folder, hidden ones left out."
     return [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
 
-
+# %% ../../nbs/data/05_folders.ipynb #fp0im2x
 @patch
 def images(self: FolderReader) -> list:  # pairs of name and stat
     "The images of the folder; other files are counted."
@@ -104,7 +104,7 @@ def images(self: FolderReader) -> list:  # pairs of name and stat
         else: self.others[os.path.splitext(name)[1].lower() or 'no ending'] += 1
     return found
 
-
+# %% ../../nbs/data/05_folders.ipynb #fp0im3x
 @patch
 def without_strays(self: FolderReader, found: list) -> list:
     "Next to class folders, images without one are left out, and counted."
@@ -159,7 +159,7 @@ def hint(root) -> str:
                      'sort them into one folder per class')
     return f' ({"; ".join(hints)})' if hints else ''
 
-
+# %% ../../nbs/data/05_folders.ipynb #fp3hi3x
 def is_unsplit(root) -> bool:
     "Is this a folder of class folders, with no splits above them?"
     root = Path(root)

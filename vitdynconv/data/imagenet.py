@@ -42,7 +42,7 @@ def image_problems(name: str, data: ImageSet, least=1) -> list:  # of sentences
     return [f'none of the first ten images of the {name} split can be read, '
             f'{data.filename(0)} for one']
 
-
+# %% ../../nbs/data/07_imagenet.ipynb #7be1b1x
 def model_problems(dls, model=None, in_chans=None) -> list:  # of sentences
     "Where a model does not fit the data: its classes, its input channels."
     classes = getattr(model, 'num_classes', None)
@@ -99,7 +99,7 @@ def image_settings(
         raise ValueError(f'in_chans={found["in_chans"]} is not valid: choose 3, or 1 for grey')
     return found
 
-
+# %% ../../nbs/data/07_imagenet.ipynb #9a5462x
 def step_size(settings: dict, world: int) -> int:
     "Images per step and process; the batch must divide."
     batch = settings['batch_size']

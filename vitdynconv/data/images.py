@@ -91,7 +91,7 @@ def save_split(
         if pixels.shape[2] == 1: pixels = pixels.squeeze(2)
         Image.fromarray(pixels).save(file, quality=quality)
 
-
+# %% ../../nbs/data/04_images.ipynb #im5wr1x
 def write_imagefolder(
     dls,             # loaders of tensors, such as `digits_dls(size=32)`
     root,            # folder to make

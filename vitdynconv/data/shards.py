@@ -41,7 +41,7 @@ def devkit_labels(
     names = {int(row[0]): str(row[1]) for row in synsets}  # ILSVRC2012_ID, WNID
     return [names[int(number)] for number in numbers]
 
-
+# %% ../../nbs/data/06_shards.ipynb #ca9231x
 def label_flat_split(
     reader,     # timm reader of images without class folders, in the order of their numbers
     labels,     # class name of each
@@ -107,10 +107,10 @@ def open_place(
     if not class_map: drop_hidden(reader)
     return ImageDataset(str(place), reader=reader)
 
-
+# %% ../../nbs/data/06_shards.ipynb #sh3op1x
 READERS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
-
+# %% ../../nbs/data/06_shards.ipynb #sh3op2x
 def open_named(
     root,            # folder or name of the data set
     reader,          # timm's: 'hfds', 'hfds/NAME', 'hfids', 'wds', 'tfds/NAME', 'torch/NAME'
@@ -136,7 +136,7 @@ def open_named(
     if hasattr(dataset, 'loader'): dataset.loader = open_picture  # torchvision's folders
     return dataset
 
-
+# %% ../../nbs/data/06_shards.ipynb #sh3op3x
 def open_picture(path):
     "A file as an upright picture in 8-bit RGB."
     with Image.open(path) as picture: return as_rgb(picture)
@@ -300,7 +300,7 @@ def check_streams(root, sources, vocab: list, settings: dict, world: int) -> Non
         problems += stream_problems(name, source, len(vocab))
     complain(problems, root)
 
-
+# %% ../../nbs/data/06_shards.ipynb #sh9dl3x
 def stream_loader(source, split_idx: int, vocab: list, settings: dict, common: dict) -> StreamLoader:
     "The loader of one stream: training (`split_idx` 0) or held-out images (1)."
     rank, world = common['rank'], common['world']

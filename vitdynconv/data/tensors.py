@@ -26,7 +26,7 @@ def inside(
     if fill == 'reflect': places = n - 1 - (n - 1 - places.abs()).abs()
     return places.clamp(0, n - 1)
 
-
+# %% ../../nbs/data/01_tensors.ipynb #635de1x
 def cut_windows(
     pixels: Tensor,   # (n, c, h, w)
     index: Tensor,    # (b,) which images
@@ -153,7 +153,7 @@ def from_picture(self: TensorSet, item) -> Tensor:  # (c, h, w) like `pixels`
     pixels = torch.tensor(np.array(picture)).view(h, w, -1).permute(2, 0, 1)
     return pixels if self.pixels.dtype == torch.uint8 else pixels / 255
 
-
+# %% ../../nbs/data/01_tensors.ipynb #ld8su2x
 @patch
 def subset(self: TensorSet, items: list) -> TensorSet:
     "The images of some numbers, with labels; or new images, without."
