@@ -74,7 +74,8 @@ class RecipeSchedule(ParamScheduler):
 # %% ../../nbs/train/01_callbacks.ipynb #3610ef2d
 class Mixing(Callback):
     "Mixup, cutmix and label smoothing of training batches; from epoch `off` on, smoothing alone."
-    order, run_valid = -5, False    # before fastai's MixUp and CutMix
+    order = -5    # before fastai's MixUp and CutMix
+    run_valid = False
     def __init__(
         self,
         mixup,  # timm's `Mixup`
@@ -84,12 +85,14 @@ class Mixing(Callback):
         mixes = self.mixup.mixup_alpha > 0 or self.mixup.cutmix_alpha > 0
         self.mixup.mixup_enabled = mixes and (not self.off or self.epoch < self.off)
     def before_batch(self):
-        x, y = cast(self.learn.xb[0], Tensor), cast(self.learn.yb[0], Tensor)
+        x = cast(self.learn.xb[0], Tensor)
+        y = cast(self.learn.yb[0], Tensor)
         even = len(x) // 2 * 2 if self.mixup.mixup_enabled else 0
         rows = []
         if even: rows.append(self.mixup(x[:even], y[:even])[1])          # overwrites x
         if even < len(y): rows.append(self.smooth(y[even:]))
-        self.learn.xb, self.learn.yb = (x,), (torch.cat(rows),)
+        self.learn.xb = (x,)
+        self.learn.yb = (torch.cat(rows),)
     def smooth(self, y):
         "Smoothed labels (b, classes) of images that are not mixed."
         off = self.mixup.label_smoothing / self.mixup.num_classes
@@ -160,10 +163,14 @@ class SmoothLoss(AvgSmoothLoss):
 @private_hooks
 class LossRecorder(Recorder):
     "fastai's `Recorder`, but training losses stay on the device until somebody reads them."
-    name, unread, curve = 'recorder', (), ()
+    name = 'recorder'
+    unread = ()
+    curve = ()
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.smooth_loss, self.train_loss, self.loss = SmoothLoss(), MeanLoss(), MeanLoss()
+        self.smooth_loss = SmoothLoss()
+        self.train_loss = MeanLoss()
+        self.loss = MeanLoss()
     @property
     def losses(self):
         self.read_losses()
@@ -217,10 +224,11 @@ class EpochRecorder(LossRecorder):
         seconds = round(time.time() - self.start_epoch, 2)
         return dict(epoch=self.epoch + 1, **numbers, lr=self.lrs[-1], seconds=seconds)
 
-# %% ../../nbs/train/01_callbacks.ipynb #5b78634e
+# %% ../../nbs/train/01_callbacks.ipynb #77658b80
 class LossGraph:
     "The place where fastai's `ShowGraphCallback` draws; shown in notebooks only."
-    figure, shown = None, None
+    figure = None
+    shown = None
     def update_graph(
         self,
         graphs,         # of pairs (x, y): training and validation loss
@@ -251,7 +259,9 @@ def duration(
 # %% ../../nbs/train/01_callbacks.ipynb #5ca7ff92
 class EpochBar(Callback):
     "A bar on a terminal while a loader is run through."
-    order, bar, mbar = 60, None, None
+    order = 60
+    bar = None
+    mbar = None
     def before_fit(self): self.mbar = LossGraph()
     def before_train(self): self.open('train')
     def before_validate(self): self.open('valid')
@@ -271,12 +281,14 @@ class EpochBar(Callback):
     def after_validate(self): self.close()
     def after_fit(self): self.close()
 
-# %% ../../nbs/train/01_callbacks.ipynb #09a764f9
+# %% ../../nbs/train/01_callbacks.ipynb #35da6473
 class Progress(EpochBar):
     "A bar on a terminal; one plain line for each epoch everywhere."
     def before_fit(self):
         super().before_fit()
-        self.old_logger, self.widths, self.started = self.learn.logger, None, time.time()
+        self.old_logger = self.learn.logger
+        self.widths = None
+        self.started = time.time()
         if self.learn.logger is not noop: self.learn.logger = self.write
     def after_fit(self):
         super().after_fit()
@@ -308,7 +320,8 @@ class ClipNorm(GradientClip):
 # %% ../../nbs/train/01_callbacks.ipynb #ec496633
 class Accumulation(Callback):
     "One optimizer step for `n` batches; processes exchange gradients only in the last of them."
-    order, run_valid = MixedPrecision.order - 4, False
+    order = MixedPrecision.order - 4
+    run_valid = False
     def __init__(self, n): store_attr()
     def before_batch(self):
         first = self.iter - self.iter % self.n
@@ -323,7 +336,10 @@ class Accumulation(Callback):
 # %% ../../nbs/train/01_callbacks.ipynb #0b4beac9
 class WeightAverage(Callback):
     "timm's `ModelEmaV3`, with its `decay`, of the weights after every step that was taken; validated, too."
-    order, skipped, average, logits = MixedPrecision.order + 2, False, None, None
+    order = MixedPrecision.order + 2
+    skipped = False
+    average = None
+    logits = None
     def __init__(self, decay): store_attr()
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')

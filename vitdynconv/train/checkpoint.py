@@ -104,7 +104,10 @@ def best_epochs(
     return [row['epoch'] for row in rows]
 
 # %% ../../nbs/train/03_checkpoint.ipynb #8cd82219
-def link_or_copy(source, target):
+def link_or_copy(
+    source: Path,  # file that is there
+    target: Path,  # its second name
+):
     "Give a file a second name; a copy where the file system has no hard links."
     try: os.link(source, target)
     except OSError:
@@ -132,7 +135,8 @@ class RunStopped(Exception):
 # %% ../../nbs/train/03_checkpoint.ipynb #d3edfd29
 class Checkpoints(Callback):
     "`last.ckpt` before the first step and after each epoch, and the `k` best."
-    order, saved = 75, None
+    order = 75
+    saved = None
     def __init__(self, folder, k=3, run=None): self.folder, self.k, self.run_args = Path(folder), k, run
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
@@ -168,10 +172,12 @@ class Restore(Callback):
         state = self.state
         self.state = None
         learn = self.learn
-        average, scaler = getattr(learn, 'weight_average', None), getattr(learn, 'scaler', None)
+        average = getattr(learn, 'weight_average', None)
+        scaler = getattr(learn, 'scaler', None)
         if state['ema'] and average: average.average.module.load_state_dict(state['ema'])
         if state['scaler'] and scaler: scaler.load_state_dict(state['scaler'])
-        rank, same_world = rank_distrib(), len(state['rng']) == max(num_distrib(), 1)
+        rank = rank_distrib()
+        same_world = len(state['rng']) == max(num_distrib(), 1)
         if same_world: set_rng_state(state['rng'][rank])
         else: set_seed(learn.recipe.seed + rank + 1000 * state['epoch'])
 

@@ -48,10 +48,11 @@ def layer_numbers(model: nn.Module) -> dict[str, int]: # name of a parameter -> 
         numbers[name] = children.index(child) + 1 if dot else 0
     return numbers
 
-# %% ../../nbs/train/02_learner.ipynb #b447eaaa
+# %% ../../nbs/train/02_learner.ipynb #cf044a43
 def parameter_depths(model: nn.Module) -> dict[str, int]: # name of a parameter -> depth
     "Depths from 0, at the image, upwards; the last is the head and nothing else."
-    numbers, head = layer_numbers(model), head_names(model)
+    numbers = layer_numbers(model)
+    head = head_names(model)
     body = {number for name, number in numbers.items() if name not in head}
     last_layer = max(numbers.values(), default=0)
     shared = last_layer in body and any(numbers[name] == last_layer for name in head)
@@ -89,7 +90,8 @@ def parameter_groups(
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad: continue
-        depth, pulled = depths[name], decays(name, parameter, keep)
+        depth = depths[name]
+        pulled = decays(name, parameter, keep)
         scale = layer_decay ** (last - depth) if layer_decay else 1.
         own_decay = weight_decay if pulled else 0.
         new = dict(params=[], depth=depth, decays=pulled, weight_decay=own_decay, lr_scale=scale)
@@ -147,7 +149,8 @@ def start_processes(
     timeout=600,  # seconds that one process waits for another before the run ends with an error
 ) -> tuple:       # (rank, processes, device of this one)
     "Join the other processes of `torchrun`, if there are any. Call before loaders and models are built."
-    rank, world = rank_distrib(), max(num_distrib(), 1)
+    rank = rank_distrib()
+    world = max(num_distrib(), 1)
     cuda = torch.cuda.is_available()
     device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
     if cuda: torch.cuda.set_device(device)
@@ -159,8 +162,13 @@ def start_processes(
 @compat.private_hooks
 class RecipeLearner(Learner):
     "A fastai `Learner` that follows a recipe, is seeded by it, and can start at a saved epoch."
-    recipe, history, first_epoch = None, (), 0
-    waited, images, gradient_norm, listeners = 0., 0, None, None
+    recipe = None
+    history = ()
+    first_epoch = 0
+    waited = 0.
+    images = 0
+    gradient_norm = None
+    listeners = None
     def fit(self, n_epoch=None, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         self.first_epoch = start_epoch
         if not start_epoch:
@@ -188,7 +196,10 @@ class RecipeLearner(Learner):
 # %% ../../nbs/train/02_learner.ipynb #1bdc24c9
 @patch
 def all_batches(self: RecipeLearner):
-    self.n_iter, self.waited, self.images, self.listeners = len(self.dl), 0., 0, {}
+    self.n_iter = len(self.dl)
+    self.waited = 0.
+    self.images = 0
+    self.listeners = {}
     try:
         for i, batch in enumerate(self.waiting(self.dl)):
             self.images += len(batch[0])

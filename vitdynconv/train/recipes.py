@@ -35,7 +35,7 @@ class ModelSettings:
     img_size: int = setting(
         224, 'pixels a side', MMCLS, between(1), 'model.img_size data.input_size')
     in_chans: int | None = setting(
-        None, 'channels of an image; None: 3', check=between(1), to='model.in_chans')
+        None, 'channels of an image; None: 3', check=between(1), to='model.in_chans data.in_chans')
     depth: int | None = setting(
         None, 'blocks of a ViT; None: as the base', check=between(1), to='model.depth')
     embed_dim: int | None = setting(
@@ -192,10 +192,21 @@ PAPER_RECIPES = [
 RECIPES = {recipe.name: recipe for recipe in PAPER_RECIPES}
 
 # %% ../../nbs/train/00_recipes.ipynb #4869a3e1
-def tick_or_cross(on) -> str: return '✓' if on else '✗'
-def number_or_cross(value, digits='g') -> str: return f'{value:{digits}}' if value else '✗'
+def tick_or_cross(on: bool) -> str:
+    "A switch as the paper prints it."
+    return '✓' if on else '✗'
 
-def table4_column(recipe) -> dict:  # row of Table 4 -> text
+def number_or_cross(
+    value: float | None,
+    digits='g',  # Python's format
+) -> str:
+    "A number as the paper prints it; a cross for 0 and None."
+    return f'{value:{digits}}' if value else '✗'
+
+# %% ../../nbs/train/00_recipes.ipynb #acffb5df
+def table4_column(
+    recipe,  # `Recipe`
+) -> dict:   # row of Table 4 -> text
     "A recipe in the words of Table 4."
     augment = re.search(r'm(\d+)-mstd([\d.]+)', recipe.rand_augment)
     return {

@@ -89,7 +89,9 @@ def has_type(
     if isinstance(value, float) and math.isnan(value): return False
     return type(value) in kinds or (type(value) is int and float in kinds)
 
-def type_words(kind) -> str:
+def type_words(
+    kind,  # a field's annotation, such as `float | None`
+) -> str:
     "A field's annotation in words: 'float or None'."
     names = [each.__name__ for each in typing.get_args(kind) or (kind,)]
     return ' or '.join(names).replace('NoneType', 'None')
@@ -137,7 +139,7 @@ class ChangeableSettings(CheckedSettings):
         "`values`, and what follows from them for other fields."
         return values
 
-# %% ../../nbs/train/00_settings.ipynb #490d395a
+# %% ../../nbs/train/00_settings.ipynb #cde78e60
 class TextSettings(ChangeableSettings):
     "Changeable settings whose changes may be text."
     def override(
@@ -158,7 +160,8 @@ class TextSettings(ChangeableSettings):
 
     def differences(self, other) -> dict: # field -> (value here, value there)
         "The fields in which two settings differ."
-        here, there = dataclasses.asdict(self), dataclasses.asdict(other)
+        here = dataclasses.asdict(self)
+        there = dataclasses.asdict(other)
         return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
 # %% ../../nbs/train/00_settings.ipynb #649a54c8
