@@ -95,6 +95,20 @@ def run_command(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The project's pages as nbdev processes them for Quarto: the folder _proc."
+    folder = tmp_path_factory.mktemp("site")
+    for name in "nbs", "vitdynconv":
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.tmp"))
+    for name in "settings.ini", "_quarto.yml": shutil.copy(ROOT / name, folder)
+    code = "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0)"
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    return folder / "_proc"
+
+
+@pytest.fixture(scope="session")
 def tree(tmp_path_factory):
     "Cluttered digits as JPEG files: 20 of each class and split."
     from vitdynconv.data import cluttered_digits_dls, write_imagefolder

@@ -20,7 +20,7 @@ from vitdynconv.layers.attention import DynamicConvAttention, copy_module, is_pl
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from vitdynconv.layers.equivalence import attention_as_convs
 from vitdynconv.layers.position import RelativePosition
-from vitdynconv.layers.selection import ProjectedKernels
+from vitdynconv.layers.selection import ProjectedKernels, Selection
 from vitdynconv.tools.testing import assert_equal, difference
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -254,13 +254,12 @@ def test_swin_masks_are_selections(kind):
     assert torch.equal(m(x, mask=additive), m(x, mask=mask))
 
 
-class FirstHalf(nn.Module):
-    "A hard selection: the kernels of the first half."
-    hard = True
-    def forward(self, q, k, v):
+class FirstHalf(Selection):
+    "A hard selection: the kernels of the first half of the map, whatever stands in front."
+    def forward(self, q, k, v, mask=None):
         n, m = q.shape[-2], k.shape[-2]
-        return k, v, (torch.arange(m, device=k.device) < m // 2).expand(n, m)
-    def set_grid_size(self, grid_size): self.grid_size = grid_size
+        chosen = (torch.arange(m, device=k.device) < m // 2).expand(n, m)
+        return k, v, chosen if mask is None else mask & chosen
 
 
 @every

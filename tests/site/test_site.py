@@ -171,20 +171,6 @@ def test_every_page_has_its_link_to_colab():
 
 # What nbdev hands to Quarto
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    "The project's pages as nbdev processes them: the folder _proc."
-    root = tmp_path_factory.mktemp("site")
-    for name in "nbs", "vitdynconv":
-        shutil.copytree(ROOT/name, root/name, ignore=shutil.ignore_patterns(".*", "__pycache__", "runs", "*.tmp"))
-    for name in "settings.ini", "_quarto.yml": shutil.copy(ROOT/name, root)
-    code = "from nbdev.quarto import refresh_quarto_yml; from nbdev.serve import proc_nbs; refresh_quarto_yml(); proc_nbs(n_workers=0)"
-    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    return root/"_proc"
-
-
 def test_the_configuration_is_found_and_complete(site):
     "As Quarto reads it in _proc: the shim, then the files that it names, and it is silent about those it does not find."
     shim, merged = yaml.safe_load((site/"_quarto.yml").read_text()), {}

@@ -150,7 +150,7 @@ def test_one_line_makes_option_file_table_and_argument(tmp_path):
 
 def test_one_line_reaches_the_object_that_uses_it():
     from vitdynconv.data import digits_dls
-    from vitdynconv.data.shards import image_settings
+    from vitdynconv.data.imagenet import image_settings
     from vitdynconv.train.learner import create_learner
     from vitdynconv.train.run import recipe_model
     small = {name: getattr(RECIPES['digits'], name) for name in ('model', 'model_args', 'embed_dim', 'depth', 'num_heads', 'img_size', 'in_chans', 'class_token', 'num_classes')}

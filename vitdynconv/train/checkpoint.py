@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'rng_state', 'set_rng_state', 'CheckpointError', 'states_of_processes', 'checkpoint_state',
-           'load_checkpoint', 'score', 'best_epochs', 'link_or_copy', 'keep_best', 'RunStopped', 'Checkpoints',
-           'Restore', 'restore', 'save_weights']
+           'load_checkpoint', 'score', 'best_epochs', 'link_or_copy', 'keep_best', 'write_checkpoint', 'RunStopped',
+           'Checkpoints', 'Restore', 'restore', 'save_weights']
 
 # %% ../../nbs/train/03_checkpoint.ipynb #1ba9b711
 import dataclasses
@@ -104,7 +104,10 @@ def best_epochs(
     return [row['epoch'] for row in rows]
 
 # %% ../../nbs/train/03_checkpoint.ipynb #8cd82219
-def link_or_copy(source, target):
+def link_or_copy(
+    source: Path,  # file that is there
+    target: Path,  # its second name
+):
     "Give a file a second name; a copy where the file system has no hard links."
     try: os.link(source, target)
     except OSError:
@@ -121,6 +124,16 @@ def keep_best(
     if newest in best and not (folder/newest).exists(): link_or_copy(folder/'last.ckpt', folder/newest)
     for path in folder.glob('best-*.ckpt'):
         if path.name not in best: path.unlink()
+
+# %% ../../nbs/train/03_checkpoint.ipynb #5e4fe9d2
+def write_checkpoint(
+    folder,  # of the run
+    state,   # of `checkpoint_state`
+    k,       # how many of the best epochs to keep
+):
+    "Replace `last.ckpt`, and keep the best epochs."
+    with replacing(folder/'last.ckpt') as file: torch.save(state, file)
+    keep_best(folder, state['history'], k)
 
 # %% ../../nbs/train/03_checkpoint.ipynb #12e069a3
 class RunStopped(Exception):
@@ -139,7 +152,6 @@ class Checkpoints(Callback):
         self.saved = self.learn.first_epoch or None                     # a resumed run has one
     @property
     def last_good(self):
-        "Words for the newest checkpoint on the disk."
         if self.saved is None: return 'none was written yet'
         return f'{self.folder/"last.ckpt"} of epoch {self.saved}'
     def before_train(self):
@@ -150,9 +162,7 @@ class Checkpoints(Callback):
         "Write the state after `epoch` epochs. `RunStopped` names the last good checkpoint if that fails."
         state = checkpoint_state(self.learn, epoch, self.run_args)
         if rank_distrib(): return
-        try:
-            with replacing(self.folder/'last.ckpt') as file: torch.save(state, file)
-            keep_best(self.folder, self.learn.history, self.k)
+        try: write_checkpoint(self.folder, state, self.k)
         except (OSError, RuntimeError) as error:
             problem = f'cannot write the checkpoint of epoch {epoch} ({error})'
             raise RunStopped(f'{problem}; last good checkpoint: {self.last_good}') from error
@@ -168,10 +178,12 @@ class Restore(Callback):
         state = self.state
         self.state = None
         learn = self.learn
-        average, scaler = getattr(learn, 'weight_average', None), getattr(learn, 'scaler', None)
+        average = getattr(learn, 'weight_average', None)
+        scaler = getattr(learn, 'scaler', None)
         if state['ema'] and average: average.average.module.load_state_dict(state['ema'])
         if state['scaler'] and scaler: scaler.load_state_dict(state['scaler'])
-        rank, same_world = rank_distrib(), len(state['rng']) == max(num_distrib(), 1)
+        rank = rank_distrib()
+        same_world = len(state['rng']) == max(num_distrib(), 1)
         if same_world: set_rng_state(state['rng'][rank])
         else: set_seed(learn.recipe.seed + rank + 1000 * state['epoch'])
 

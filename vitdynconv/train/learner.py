@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'CrossEntropy', 'head_names', 'layer_numbers', 'parameter_depths', 'decays', 'parameter_groups',
-           'values_for', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'create_learner']
+           'values_for', 'DepthGroups', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'warn_of_amp',
+           'create_learner']
 
 # %% ../../nbs/train/02_learner.ipynb #8712487b
 import time
@@ -48,10 +49,11 @@ def layer_numbers(model: nn.Module) -> dict[str, int]: # name of a parameter -> 
         numbers[name] = children.index(child) + 1 if dot else 0
     return numbers
 
-# %% ../../nbs/train/02_learner.ipynb #b447eaaa
+# %% ../../nbs/train/02_learner.ipynb #cf044a43
 def parameter_depths(model: nn.Module) -> dict[str, int]: # name of a parameter -> depth
     "Depths from 0, at the image, upwards; the last is the head and nothing else."
-    numbers, head = layer_numbers(model), head_names(model)
+    numbers = layer_numbers(model)
+    head = head_names(model)
     body = {number for name, number in numbers.items() if name not in head}
     last_layer = max(numbers.values(), default=0)
     shared = last_layer in body and any(numbers[name] == last_layer for name in head)
@@ -89,7 +91,8 @@ def parameter_groups(
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad: continue
-        depth, pulled = depths[name], decays(name, parameter, keep)
+        depth = depths[name]
+        pulled = decays(name, parameter, keep)
         scale = layer_decay ** (last - depth) if layer_decay else 1.
         own_decay = weight_decay if pulled else 0.
         new = dict(params=[], depth=depth, decays=pulled, weight_decay=own_decay, lr_scale=scale)
@@ -111,8 +114,8 @@ def values_for(
     raise ValueError(f'{len(values)} values for a model of {n} depths: give one value, {n}, or a slice')
 
 # %% ../../nbs/train/02_learner.ipynb #f2f71870
-class DepthOptimizer(OptimWrapper):
-    "timm's optimizer as fastai sees it: one parameter list and one set of hyperparameters for each depth."
+class DepthGroups(OptimWrapper):
+    "A PyTorch optimizer as fastai reads it: one parameter list and one set of hyperparameters for each depth."
     @property
     def depths(self) -> list[list[dict]]: # torch's groups of each depth, the decaying one last
         found = {}
@@ -130,6 +133,10 @@ class DepthOptimizer(OptimWrapper):
             values['lr'] /= values.pop('lr_scale', 1.)
             found.append(values)
         return found
+
+# %% ../../nbs/train/02_learner.ipynb #03395841
+class DepthOptimizer(DepthGroups):
+    "timm's optimizer as fastai sets it: a value, one value for each depth, or a slice."
     def set_hyper(self, k, v):
         if isinstance(v, float):                        # at every step: no need to look at the depths
             for group in self.opt.param_groups: self.set_in_group(group, k, v)
@@ -147,7 +154,8 @@ def start_processes(
     timeout=600,  # seconds that one process waits for another before the run ends with an error
 ) -> tuple:       # (rank, processes, device of this one)
     "Join the other processes of `torchrun`, if there are any. Call before loaders and models are built."
-    rank, world = rank_distrib(), max(num_distrib(), 1)
+    rank = rank_distrib()
+    world = max(num_distrib(), 1)
     cuda = torch.cuda.is_available()
     device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
     if cuda: torch.cuda.set_device(device)
@@ -159,8 +167,13 @@ def start_processes(
 @compat.private_hooks
 class RecipeLearner(Learner):
     "A fastai `Learner` that follows a recipe, is seeded by it, and can start at a saved epoch."
-    recipe, history, first_epoch = None, (), 0
-    waited, images, gradient_norm, listeners = 0., 0, None, None
+    recipe = None
+    history = ()
+    first_epoch = 0
+    waited = 0.
+    images = 0
+    gradient_norm = None
+    listeners = None
     def fit(self, n_epoch=None, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         self.first_epoch = start_epoch
         if not start_epoch:
@@ -173,22 +186,29 @@ class RecipeLearner(Learner):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             compat.run_epoch(self, CancelEpochException)
-    def create_opt(self):
-        frozen = self.opt.frozen_idx if self.opt else 0
-        if frozen: self.opt.unfreeze()       # or the new groups would lack what is frozen
-        super().create_opt()
-        if frozen: self.opt.freeze_to(frozen)
     def move_batch(self, batch):             # batches of our loaders already lie where the model is
         device = next(self.model.parameters()).device
         there = all(getattr(part, 'device', None) == device for part in batch)
         return batch if there else compat.move_batch(super(), batch)
-    @property
-    def smooth_loss(self): return tensor(self.recorder.losses[-1])
+
+# %% ../../nbs/train/02_learner.ipynb #dbdec772
+@patch
+def create_opt(self: RecipeLearner):
+    frozen = self.opt.frozen_idx if self.opt else 0
+    if frozen: self.opt.unfreeze()       # or the new groups would lack what is frozen
+    Learner.create_opt(self)
+    if frozen: self.opt.freeze_to(frozen)
+
+@patch(as_prop=True)
+def smooth_loss(self: RecipeLearner): return tensor(self.recorder.losses[-1])
 
 # %% ../../nbs/train/02_learner.ipynb #1bdc24c9
 @patch
 def all_batches(self: RecipeLearner):
-    self.n_iter, self.waited, self.images, self.listeners = len(self.dl), 0., 0, {}
+    self.n_iter = len(self.dl)
+    self.waited = 0.
+    self.images = 0
+    self.listeners = {}
     try:
         for i, batch in enumerate(self.waiting(self.dl)):
             self.images += len(batch[0])
@@ -236,6 +256,15 @@ def remove_cb(self: RecipeLearner, cb):
     if self.listeners: self.listeners = {}
     return Learner.remove_cb(self, cb)
 
+# %% ../../nbs/train/02_learner.ipynb #6c7f52fb
+def warn_of_amp(
+    recipe,       # `Recipe`
+    device: str,  # 'cpu', 'cuda', ...
+):
+    "Say that reduced precision has no effect, where it has none."
+    if not recipe.amp or device == 'cuda' or rank_distrib(): return
+    print(f'amp={recipe.amp!r} changes nothing on a {device}: training runs in float32')
+
 # %% ../../nbs/train/02_learner.ipynb #6837553f
 def create_learner(
     model: nn.Module,  # any image classifier
@@ -260,6 +289,5 @@ def create_learner(
     learn.recipe = recipe
     learn.logger = noop if rank_distrib() else print
     if recipe.compile: model.compile()
-    if recipe.amp and dls.device.type != 'cuda' and not rank_distrib():
-        print(f'amp={recipe.amp!r} changes nothing on a {dls.device.type}: training runs in float32')
+    warn_of_amp(recipe, dls.device.type)
     return learn.add_cbs(cbs)

@@ -32,7 +32,8 @@ def peak_memory(device) -> float:
 # %% ../../nbs/train/04_logbook.ipynb #6420c4a6
 class Measures(Callback):
     "Speed, waiting, gradient norm and memory since the epoch began; the epoch's go into its history row."
-    order, run_valid = Recorder.order + 5, False
+    order = Recorder.order + 5
+    run_valid = False
     def before_train(self): self.started = time.perf_counter()
     def measures(self) -> dict:
         "images_per_second, data_wait (0 to 1), gradient_norm (None before the first step), peak_memory (GB)."
@@ -77,7 +78,8 @@ class StepLog(Measures):
 # %% ../../nbs/train/04_logbook.ipynb #22f56d96
 class FiniteLoss(Callback):
     "Stops the run when a loss is NaN or infinite, naming the step and its learning rate."
-    order, run_valid = Recorder.order + 6, False
+    order = Recorder.order + 6
+    run_valid = False
     def __init__(self, every=50): self.every, self.recent = every, []
     def before_train(self): self.recent = []
     def after_batch(self):

@@ -79,14 +79,15 @@ def draw_box(
     x: float,           # centre, inches
     y: float,           # centre, inches
     text: str,          # on the box
-    kind: str,          # a key of `FILL`: static, dynamic or activation
+    kind: str,          # a key of FILL: static, dynamic or activation
     width: float = .78, # inches
     height: float = .5, # inches
 ) -> None:
     "A layer, in the fill of its kind."
     corner = x - width / 2, y - height / 2
     style = 'round,pad=0,rounding_size=.08'
-    sheet.base.add_patch(FancyBboxPatch(corner, width, height, style, fc=FILL[kind], ec=INK, lw=.8, zorder=5))
+    box = FancyBboxPatch(corner, width, height, style, fc=FILL[kind], ec=INK, lw=.8, zorder=5)
+    sheet.base.add_patch(box)
     sheet.words(x, y, text, color=WORD[kind], fontsize=10, zorder=6)
 
 def draw_arrow(
@@ -95,7 +96,8 @@ def draw_arrow(
 ) -> None:
     "A line through the points, with a head at the last."
     for start, end in zip(points, points[1:]):
-        style = dict(arrowstyle='-|>' if end is points[-1] else '-', color=INK, lw=1, shrinkA=0, shrinkB=0, mutation_scale=9)
+        head = '-|>' if end is points[-1] else '-'
+        style = dict(arrowstyle=head, color=INK, lw=1, shrinkA=0, shrinkB=0, mutation_scale=9)
         sheet.base.annotate('', end, start, arrowprops=style)
 
 # %% ../../nbs/viz/00_theme.ipynb #them0016
@@ -107,7 +109,7 @@ def colour_limit(
 
 def place(
     sheet: Sheet,
-    name: str,                # under which `shown` finds it
+    name: str,                # under which shown finds it
     values: Tensor,           # (rows, columns) numbers, or (rows, columns, 3) a photograph
     x: float,                 # left edge, inches
     y: float,                 # upper edge, inches
@@ -154,7 +156,7 @@ def ink_axes(
     height: float,    # inches
     columns: int = 1, # axes in a row
     rows: int = 1,    # rows of axes
-    **options,        # of matplotlib's `subplots`
+    **options,        # of matplotlib's subplots
 ) -> tuple:           # the sheet, a flat array of its axes
     "Axes in ink on a transparent ground, for curves and bars."
     sheet = Sheet(width, height)
