@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'CrossEntropy', 'head_names', 'layer_numbers', 'parameter_depths', 'decays', 'parameter_groups',
-           'values_for', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'create_learner']
+           'values_for', 'DepthGroups', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'warn_of_amp',
+           'create_learner']
 
 # %% ../../nbs/train/02_learner.ipynb #8712487b
 import time
@@ -113,8 +114,8 @@ def values_for(
     raise ValueError(f'{len(values)} values for a model of {n} depths: give one value, {n}, or a slice')
 
 # %% ../../nbs/train/02_learner.ipynb #f2f71870
-class DepthOptimizer(OptimWrapper):
-    "timm's optimizer as fastai sees it: one parameter list and one set of hyperparameters for each depth."
+class DepthGroups(OptimWrapper):
+    "A PyTorch optimizer as fastai reads it: one parameter list and one set of hyperparameters for each depth."
     @property
     def depths(self) -> list[list[dict]]: # torch's groups of each depth, the decaying one last
         found = {}
@@ -132,6 +133,10 @@ class DepthOptimizer(OptimWrapper):
             values['lr'] /= values.pop('lr_scale', 1.)
             found.append(values)
         return found
+
+# %% ../../nbs/train/02_learner.ipynb #03395841
+class DepthOptimizer(DepthGroups):
+    "timm's optimizer as fastai sets it: a value, one value for each depth, or a slice."
     def set_hyper(self, k, v):
         if isinstance(v, float):                        # at every step: no need to look at the depths
             for group in self.opt.param_groups: self.set_in_group(group, k, v)
@@ -181,17 +186,21 @@ class RecipeLearner(Learner):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             compat.run_epoch(self, CancelEpochException)
-    def create_opt(self):
-        frozen = self.opt.frozen_idx if self.opt else 0
-        if frozen: self.opt.unfreeze()       # or the new groups would lack what is frozen
-        super().create_opt()
-        if frozen: self.opt.freeze_to(frozen)
     def move_batch(self, batch):             # batches of our loaders already lie where the model is
         device = next(self.model.parameters()).device
         there = all(getattr(part, 'device', None) == device for part in batch)
         return batch if there else compat.move_batch(super(), batch)
-    @property
-    def smooth_loss(self): return tensor(self.recorder.losses[-1])
+
+# %% ../../nbs/train/02_learner.ipynb #dbdec772
+@patch
+def create_opt(self: RecipeLearner):
+    frozen = self.opt.frozen_idx if self.opt else 0
+    if frozen: self.opt.unfreeze()       # or the new groups would lack what is frozen
+    Learner.create_opt(self)
+    if frozen: self.opt.freeze_to(frozen)
+
+@patch(as_prop=True)
+def smooth_loss(self: RecipeLearner): return tensor(self.recorder.losses[-1])
 
 # %% ../../nbs/train/02_learner.ipynb #1bdc24c9
 @patch
@@ -247,6 +256,15 @@ def remove_cb(self: RecipeLearner, cb):
     if self.listeners: self.listeners = {}
     return Learner.remove_cb(self, cb)
 
+# %% ../../nbs/train/02_learner.ipynb #6c7f52fb
+def warn_of_amp(
+    recipe,       # `Recipe`
+    device: str,  # 'cpu', 'cuda', ...
+):
+    "Say that reduced precision has no effect, where it has none."
+    if not recipe.amp or device == 'cuda' or rank_distrib(): return
+    print(f'amp={recipe.amp!r} changes nothing on a {device}: training runs in float32')
+
 # %% ../../nbs/train/02_learner.ipynb #6837553f
 def create_learner(
     model: nn.Module,  # any image classifier
@@ -271,6 +289,5 @@ def create_learner(
     learn.recipe = recipe
     learn.logger = noop if rank_distrib() else print
     if recipe.compile: model.compile()
-    if recipe.amp and dls.device.type != 'cuda' and not rank_distrib():
-        print(f'amp={recipe.amp!r} changes nothing on a {dls.device.type}: training runs in float32')
+    warn_of_amp(recipe, dls.device.type)
     return learn.add_cbs(cbs)
