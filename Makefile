@@ -5,9 +5,10 @@ READY := .venv/.ready
 NB ?=
 SUITE ?= core
 STUDY ?= full
+SLOW ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks readme docs bench study clean
+.PHONY: help demo test gpu lab notebooks readme docs bench study clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -15,17 +16,12 @@ help: ## list the commands
 demo: $(READY) ## check the equivalences and train four small models on handwritten digits
 	@$(BIN)/vdc_demo
 
-test: $(READY) ## check that everything generated is up to date, then run every test
-	@echo "1/5 notebooks clean"
-	@$(BIN)/python .ci/notebooks.py check clean
-	@echo "2/5 package exported from the notebooks"
-	@$(BIN)/python .ci/notebooks.py check export
-	@echo "3/5 README made from the index"
-	@$(BIN)/python .ci/notebooks.py check readme
-	@echo "4/5 notebooks run"
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
-	@echo "5/5 tests"
-	@$(BIN)/python -m pytest -q tests
+test: $(READY) ## check that everything generated is up to date, run every notebook and every test; SLOW=1 for the slow ones too
+	@$(BIN)/python .ci/tests.py $(if $(SLOW),--slow)
+
+gpu: $(READY) ## what only a GPU can show: the tests and the measurements that need one
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cuda tests
+	@$(BIN)/vdc_bench --suite gpu --device cuda
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -37,7 +33,7 @@ readme: $(READY) ## make README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/notebooks.py readme
 
 docs: $(READY) ## build the site into _docs/
-	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which is not a Python package: get version 1.7 from" \
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which is not a Python package: get version 1.10 or newer from" \
 	  "https://quarto.org/docs/download/ and put 'quarto' on the PATH" >&2; exit 1; }
 	@$(BIN)/python .ci/notebooks.py readme  # newer than the index, so that nbdev leaves it alone
 	@$(BIN)/nbdev_docs

@@ -2,7 +2,8 @@
 
     notebooks.py run [NOTEBOOK ...]           run from a clean kernel, in reading order, and store the outputs
     notebooks.py readme                       make README.md from nbs/index.ipynb (without Quarto)
-    notebooks.py check clean|export|readme    fail if cleaning, exporting or `readme` would change a file; changes none
+    notebooks.py colab                        list the notebooks in _quarto.yml, for the pages' links to Colab
+    notebooks.py check clean|export|readme|colab    fail if this would change a file; changes none
 """
 import argparse, difflib, json, os, posixpath, re, shutil, sys, tempfile, time
 from pathlib import Path
@@ -19,10 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = re.compile(r"^#\|\s*(cuda|notest|eval:\s*false)\b", re.M | re.I)
 
 
+def flat(entries):
+    "The files of a sidebar, in order."
+    for entry in entries:
+        if isinstance(entry, str): yield entry
+        else: yield from flat(entry["contents"])
+
+
 def reading_order():
     "Every notebook, in the order of the site's sidebar."
-    def flat(entries):
-        for e in entries: yield from [e] if isinstance(e, str) else flat(e["contents"])
     sidebar = yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]["sidebar"]
     return [ROOT/"nbs"/name for name in flat(sidebar["contents"]) if name.endswith(".ipynb")]
 
@@ -101,10 +107,25 @@ def readme(root):
     write(root/"README.md", note + head + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n")
 
 
+def colab(root):
+    "Write the list of notebooks into the script of _quarto.yml that links each page to its notebook on Colab."
+    path = root/"_quarto.yml"
+    text = path.read_text(encoding="utf-8")
+    sidebar = yaml.safe_load(text)["website"]["sidebar"]["contents"]
+    indent = " " * 12
+    names = [f"{indent}'{name.removesuffix('.ipynb')}',\n" for name in flat(sidebar) if name.endswith(".ipynb")]
+    begin, end = f"{indent}// notebooks: begin\n", f"{indent}// notebooks: end\n"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if not after: sys.exit("_quarto.yml: the lines '// notebooks: begin' and '// notebooks: end' are gone")
+    write(path, before + begin + "".join(names) + end + after)
+
+
 CHECKS = dict(  # what to do in a copy of the project, the files that it makes, the cure
     clean=(lambda root: inside(root, nbdev_clean.__wrapped__), ["nbs/**/*.ipynb"], ".venv/bin/nbdev_clean"),
     export=(lambda root: inside(root, nbdev_export.__wrapped__), ["vitdynconv/**/*.py"], ".venv/bin/nbdev_export"),
     readme=(readme, ["README.md", "README_files/*"], "make readme"),
+    colab=(colab, ["_quarto.yml"], ".venv/bin/python .ci/notebooks.py colab"),
 )
 
 
@@ -117,7 +138,7 @@ def check(what):
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)
         for name in "nbs", "vitdynconv": shutil.copytree(ROOT/name, copy/name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-        shutil.copy(ROOT/"settings.ini", copy)
+        for name in "settings.ini", "_quarto.yml": shutil.copy(ROOT/name, copy)
         os.environ.pop("IN_TEST", None)  # nbdev_export does nothing where it is set
         action(copy)
         now, then = files(ROOT), files(copy)
@@ -133,8 +154,10 @@ if __name__ == "__main__":
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run").add_argument("names", nargs="*", metavar="NOTEBOOK")
     commands.add_parser("readme")
+    commands.add_parser("colab")
     commands.add_parser("check").add_argument("what", choices=CHECKS)
     args = parser.parse_args()
     if args.command == "run": run(args.names)
     elif args.command == "readme": readme(ROOT)
+    elif args.command == "colab": colab(ROOT)
     else: check(args.what)

@@ -22,7 +22,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .layers.activations import create_activation
 from .models.cost import peak_memory
-from .fast.dispatch import Tiled, by_matrix, dynamic_conv_attention, fast_depthwise_attention, position_matrix, position_way
+from .fast.dispatch import dynamic_conv_attention, fast_depthwise_attention
+from .fast.relative_position import bias_product, position_way
+from .fast.tiled import pointwise_attention
+from .layers.position import RelativePosition
 from .models.paper import PAPER_BASES, TABLE3
 from .models.registry import paper_model
 
@@ -105,7 +108,7 @@ CORE_GOALS = {('scaling', 197): .25, ('scaling', 784): .06, ('scaling', 3136): .
 LENGTHS = 49, 197, 784, 3136, 12544
 CORES = 'scaling', 'scaling_relu', 'ln', 'ln_relu', 'depth-wise'
 
-def nothing(logits, bias=None, mask=None):
+def nothing(logits):
     "The activation that leaves the logits alone."
     return logits
 
@@ -118,7 +121,7 @@ def core_sides(
     "Every core on the same queries, keys and values."
     q, k, v = [t.to(device, dtype).requires_grad_(backward) for t in torch.randn(3, max(1, 3136 // n), 6, n, 64, generator=torch.Generator().manual_seed(n))]
     cores = {'softmax, fused': lambda: F.scaled_dot_product_attention(q, k, v), 'softmax': lambda: dynamic_conv_attention(q, k, v, softmax),
-             'matrix-product limit': lambda: Tiled.apply(q, k, v, None, None, nothing, 1.), 'depth-wise': lambda: fast_depthwise_attention(q, k)}
+             'matrix-product limit': lambda: pointwise_attention(q, k, v, nothing), 'depth-wise': lambda: fast_depthwise_attention(q, k)}
     softmax = create_activation('softmax', head_dim=64)
     for name in CORES[:-1]: cores[name] = partial(dynamic_conv_attention, q, k, v, create_activation(name, num_kernels=n, head_dim=64).to(device, dtype))
     if not backward: return cores
@@ -159,8 +162,8 @@ def position_rows(
         facts = dict(suite='core', work='relative position', against='B @ V, B at hand', size=f'N = {n}')
         with torch.no_grad():
             if side < 100:
-                matrix = position_matrix(table, (side, side))
-                taken = race(sides | {'matrix': lambda: by_matrix(v, matrix)}, device, seconds)
+                matrix = RelativePosition(table, (side, side)).bias()
+                taken = race(sides | {'matrix': lambda: bias_product(v, matrix)}, device, seconds)
                 yield compare(taken, 'ours', 'matrix', **facts, goal=.1 if n == 3136 else None)
             else:
                 taken = race(sides, device, seconds)

@@ -12,7 +12,8 @@ from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.tools.testing import difference
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from vitdynconv.layers.equivalence import attention
-from vitdynconv.fast.dispatch import accelerate, by_fft, by_fourier_rows, dynamic_conv_attention, fast_depthwise_attention
+from vitdynconv.fast.dispatch import accelerate, dynamic_conv_attention, fast_depthwise_attention
+from vitdynconv.fast.relative_position import position_by_fft, position_by_fourier
 from vitdynconv.models.registry import create_model
 from vitdynconv.layers.position import RelativePosition
 
@@ -165,7 +166,7 @@ def test_memory_is_linear(name):
 
 def test_position_of_a_large_map():
     v, table = bank(1, 1, 12544, 4, torch.float32)[0], torch.randn(223 ** 2, 1, generator=torch.Generator().manual_seed(0))
-    rows, pixels = by_fourier_rows(v, table, (112, 112)), by_fft(v, table, (112, 112))
+    rows, pixels = position_by_fourier(v, table, (112, 112)), position_by_fft(v, table, (112, 112))
     assert ((rows - pixels).norm() / pixels.norm()).item() < 1e-5
 
 
@@ -204,12 +205,17 @@ def test_other_ways_of_copying_a_model(tmp_path):
 KERNELS = """
 import torch
 from vitdynconv.tools.testing import difference
-from vitdynconv.fast.triton import relu_attention
+from vitdynconv.fast.dispatch import dynamic_conv_attention
+from vitdynconv.layers.activations import create_activation
+from vitdynconv.layers.equivalence import attention
 torch.manual_seed(0)
-q, k, v, c = torch.randn(1, 2, 70, 24), torch.randn(1, 2, 65, 24), torch.randn(1, 2, 65, 24), torch.randn(65)
-for inputs in ((q, k, v), (q, k, v, c)):
-    diff = difference(relu_attention, lambda q, k, v, c=0: (q @ k.mT + c).relu() @ v, *inputs)
-    assert diff.outputs < 1e-4 and diff.gradients < 1e-3, diff
+q, k, v = torch.randn(1, 2, 70, 24), torch.randn(1, 2, 65, 24), torch.randn(1, 2, 65, 24)
+for name in ('scaling_relu', 'relu', 'ln_relu'):
+    act = create_activation(name, num_kernels=65, head_dim=24)
+    for p in act.parameters(): torch.nn.init.normal_(p)
+    params = [(p, p) for p in act.parameters()]
+    diff = difference(lambda *x: dynamic_conv_attention(*x, act), lambda *x: attention(*x, act), q, k, v, params=params)
+    assert diff.outputs < 1e-4 and diff.gradients < 1e-3, (name, diff)
 """
 
 

@@ -74,7 +74,7 @@ def test_nothing_is_unfinished_or_tied_to_one_machine():
 def project(tmp_path):
     "A copy of the project with one small notebook beside the index."
     for name in ".ci", "nbs", "vitdynconv": (tmp_path/name).mkdir()
-    for name in "settings.ini", "setup.py", "constraints.txt", ".ci/notebooks.py", ".ci/venv", "nbs/index.ipynb", "nbs/_quarto.yml":
+    for name in "settings.ini", "setup.py", "constraints.txt", ".ci/notebooks.py", ".ci/tests.py", ".ci/venv", "nbs/index.ipynb", "nbs/_quarto.yml":
         shutil.copy(ROOT/name, tmp_path/name)
     write_notebook(tmp_path/"nbs/00_one.ipynb", ["#| default_exp one", "#| export\ndef one(): return 1", "print(one() + 1)"])
     (tmp_path/"_quarto.yml").write_text("website: {sidebar: {contents: [index.ipynb, 00_one.ipynb]}}")
@@ -155,6 +155,84 @@ def test_run_stops_at_an_error_and_keeps_the_notebook(project):
     done = caretaker("run", str(path), root=project)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
     assert path.read_bytes() == before and not list(project.rglob("*.tmp"))
+
+
+COLAB = """website: {sidebar: {contents: [index.ipynb, 00_one.ipynb]}}
+format:
+  html:
+    include-after-body:
+      - text: |
+          const notebooks = [
+            // notebooks: begin
+            'gone',
+            // notebooks: end
+          ]
+"""
+
+
+def test_the_list_of_notebooks_is_written_and_checked(project):
+    path = project/"_quarto.yml"
+    path.write_text(COLAB)
+    done = caretaker("check", "colab", root=project)
+    assert done.returncode == 1 and "_quarto.yml" in done.stderr and "notebooks.py colab" in done.stderr and path.read_text() == COLAB
+    assert caretaker("colab", root=project).returncode == 0
+    assert path.read_text() == COLAB.replace("            'gone',\n", "            'index',\n            '00_one',\n")
+    assert caretaker("check", "colab", root=project).returncode == 0
+
+
+def everything(project, *words):
+    "Run .ci/tests.py, the whole of `make test`."
+    return subprocess.run([sys.executable, project/".ci/tests.py", *words], capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"PYTHONPATH": str(project)})
+
+
+def test_make_test_shows_progress_times_and_the_count(project):
+    (project/"_quarto.yml").write_text(COLAB)
+    (project/"tests").mkdir()
+    shutil.copy(ROOT/"pytest.ini", project)
+    (project/"tests/test_one.py").write_text("import pytest\ndef test_a(): pass\ndef test_b(): pass\n@pytest.mark.slow\ndef test_c(): pass\n")
+    for action in "readme", "colab": assert caretaker(action, root=project).returncode == 0
+    write_notebook(project/"nbs/index.ipynb", ["print(1)"])
+    assert caretaker("readme", root=project).returncode == 0
+    done = everything(project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line[:3] for line in lines[:5]] == ["1/6", "2/6", "3/6", "4/6", "5/6"] and all(re.search(r"\(\d+ s\)$", line) for line in lines[:4])
+    assert any(re.match(r"notebooks +\d+ s \| .*00_one.ipynb", line) for line in lines) and any(re.match(r"tests +\d+ s \| ", line) for line in lines)
+    assert re.match(r"2 passed, 1 deselected in ", lines[-1])
+    done = everything(project, "--slow")
+    assert re.match(r"3 passed in ", done.stdout.splitlines()[-1])
+    with (project/"tests/test_one.py").open("a") as file: file.write("def test_d(): assert False\n")
+    write_notebook(project/"nbs/00_one.ipynb", ["#| default_exp one", "#| export\ndef one(): return 1", "assert one() == 2"])
+    done = everything(project)
+    assert done.returncode == 1 and "notebooks: FAILED" in done.stdout and "tests: FAILED" in done.stdout
+    assert re.match(r"1 failed, 2 passed", done.stdout.splitlines()[-1])
+
+
+def test_continuous_integration_runs_the_slow_tests_too():
+    assert "make test SLOW=1" in (ROOT/".ci/run").read_text() and "--slow" in (ROOT/"Makefile").read_text()
+    import configparser
+    ini = configparser.ConfigParser()
+    ini.read(ROOT/"pytest.ini")
+    assert '-m "not slow"' in ini["pytest"]["addopts"]
+
+
+WITHOUT = """
+import pytest
+from conftest import require
+def test_browser(): require("chromium")
+def test_script(): require("node")
+def test_package(): pytest.importorskip("a_package_that_is_not_there")
+"""
+
+
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_what_is_missing_fails_continuous_integration_and_is_skipped_elsewhere(tmp_path, ci):
+    for name in "pytest.ini", "tests/conftest.py": (tmp_path/name).parent.mkdir(exist_ok=True), shutil.copy(ROOT/name, tmp_path/name)
+    (tmp_path/"tests/test_without.py").write_text(WITHOUT)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"CI": ci, "PATH": str(tmp_path)})
+    assert done.stdout.splitlines()[-1].startswith("3 failed" if ci else "3 skipped"), done.stdout
 
 
 def build(project, **env):

@@ -609,3 +609,63 @@ def test_a_learner_that_never_trained_validates_and_predicts():
     loss, share = learn.validate()
     assert learn.opt is None and loss == pytest.approx(math.log(10), abs=0.3) and 0 <= share <= 1
     assert learn.get_preds()[0].shape == (360, 10)
+
+
+def test_tta_averages_predictions_of_augmented_images():
+    learn = digits_learner(epochs=1)
+    learn.fit()
+    plain, labels = learn.get_preds()
+    mixed, same = learn.tta(n=3, beta=0.25)
+    assert mixed.shape == plain.shape and torch.equal(labels, same)
+    assert_equal(mixed.sum(1), torch.ones(360), 1e-5)
+    only, _ = learn.tta(n=2, beta=1.)
+    assert_equal(only, plain, 1e-6)
+    shifted = create_learner(learn.model, digits_dls(batch_size=64, size=8, shift=2), learn.recipe)
+    augmented, _ = shifted.tta(n=2, beta=0.)
+    assert not torch.allclose(augmented, plain, atol=1e-3), 'augmented as in training'
+    again, _ = shifted.get_preds()
+    assert_equal(again, plain, 1e-6)
+
+
+def test_fastais_vision_learner_takes_our_loaders():
+    from fastai.vision.all import resnet18, vision_learner
+    from fastai.vision.all import accuracy as theirs
+    learn = vision_learner(digits_dls(batch_size=64, channels=3), resnet18, pretrained=False, metrics=theirs)
+    learn.fit(1, 1e-3)
+    assert learn.loss_func is not None and len(learn.recorder.values) == 1
+
+
+def test_the_loss_smooths_labels_as_the_recipe_says():
+    "By hand: share e of the label over all classes."
+    class Labels(Callback):
+        order, run_valid = 50, False
+        def before_batch(self): self.learn.rows = self.yb[0].clone()
+    for share in (0.1, 0.3):
+        learn = digits_learner(Labels(), label_smoothing=share)
+        learn.fit(1)
+        rows = learn.rows.sort(1).values
+        assert_equal(rows, torch.tensor([[share / 10] * 9 + [1 - share + share / 10]]).expand_as(rows), 1e-6)
+
+
+def test_the_cosine_ends_at_the_lowest_rate():
+    "The last step is one step short of the end: the rate after it would be min_lr."
+    learn = digits_learner(epochs=1, warmup_epochs=0., lr=1e-2, min_lr=1e-3)
+    rates = Rates()
+    learn.fit(1, cbs=rates)
+    seen = [step['head.weight'] for step in rates.seen]
+    n = len(seen)
+    expected = [1e-3 + (1e-2 - 1e-3) * (1 + math.cos(math.pi * i / n)) / 2 for i in range(n)]
+    assert seen == pytest.approx(expected, rel=1e-5) and 1e-3 < seen[-1] < 1.1e-3
+
+
+@pytest.mark.parametrize('decay', [0.5, 0.95])
+def test_averaged_weights_follow_the_recurrence(decay):
+    class Weights(Callback):
+        order = 95
+        def before_fit(self): self.seen = [self.model.head.weight.detach().clone()]
+        def after_step(self): self.seen.append(self.model.head.weight.detach().clone())
+    learn = digits_learner(Weights(), ema=True, ema_decay=decay)
+    learn.fit(1)
+    average = learn.weights.seen[0]
+    for weight in learn.weights.seen[1:]: average = decay * average + (1 - decay) * weight
+    assert_equal(learn.weight_average.average.module.head.weight, average, 1e-5)

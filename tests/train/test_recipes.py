@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from vitdynconv.models.paper import TABLE4
-from vitdynconv.train.recipes import RECIPES, Recipe, recipe_options, setting, table4, table4_column
+from vitdynconv.train.recipes import RECIPES, Recipe, recipe_options, table4, table4_column
+from vitdynconv.train.settings import setting
 
 # what the paper's table calls by another name than the recipe
 NAMES = dict(optimizer='opt', dropout='drop', stochastic_depth='drop_path', grad_clip='clip_grad')
@@ -149,7 +150,7 @@ def test_one_line_makes_option_file_table_and_argument(tmp_path):
 
 def test_one_line_reaches_the_object_that_uses_it():
     from vitdynconv.data import digits_dls
-    from vitdynconv.data.shards import image_settings
+    from vitdynconv.data.imagenet import image_settings
     from vitdynconv.train.learner import create_learner
     from vitdynconv.train.run import recipe_model
     small = {name: getattr(RECIPES['digits'], name) for name in ('model', 'model_args', 'embed_dim', 'depth', 'num_heads', 'img_size', 'in_chans', 'class_token', 'num_classes')}

@@ -7,7 +7,8 @@ __all__ = ['HIDDEN', 'SPLITS', 'HINTS', 'is_hidden', 'visible_files', 'is_image'
            'hint', 'is_unsplit', 'has_images', 'split_reader', 'shared_images', 'digest', 'reader_fingerprint',
            'tensor_fingerprint', 'listed_fingerprint', 'stream_fingerprint', 'part_fingerprint', 'data_fingerprint',
            'moved_classes', 'part_differences', 'fingerprint_differences', 'split_words', 'some', 'FolderSummary',
-           'left_out', 'look_at', 'folder_readers', 'folder_summary', 'complain', 'overlap_problems', 'class_problems']
+           'left_out', 'look_at', 'folder_reader', 'folder_readers', 'folder_summary', 'complain', 'overlap_problems',
+           'class_problems']
 
 # %% ../../nbs/data/05_folders.ipynb #fo4imp
 import filecmp
@@ -351,6 +352,14 @@ def look_at(
     return 1 if grey else 3, int(np.median(sides))
 
 
+def folder_reader(root) -> FolderReader:
+    "The reader of one folder; a ValueError where it is none, or has no image."
+    if not Path(root).is_dir(): raise ValueError(f'{root} is not a folder of class folders')
+    reader = FolderReader(root)
+    if not len(reader): raise ValueError(f'no image in {root}{left_out(reader.others)}{hint(root)}')
+    return reader
+
+
 def folder_readers(
     root,
     train_split='train', valid_split='validation',
@@ -360,9 +369,7 @@ def folder_readers(
     if is_unsplit(root):
         train, valid = split_reader(FolderReader(root), valid_pct, split_seed)
         return train, valid, dict(valid_pct=valid_pct, split_seed=split_seed)
-    train, valid = (FolderReader(find_split(root, split)) for split in (train_split, valid_split))
-    for reader in train, valid:
-        if not len(reader): raise ValueError(f'no image in {reader.root}{left_out(reader.others)}{hint(reader.root)}')
+    train, valid = (folder_reader(find_split(root, split)) for split in (train_split, valid_split))
     return train, valid, None
 
 # %% ../../nbs/data/05_folders.ipynb #fr2sum

@@ -300,7 +300,7 @@ def generated_conv(x: np.ndarray, state: dict, size: int, pool='image') -> np.nd
         images.append(np.einsum('chwij,ocijhw->ohw', around, kernels))
     return np.stack(images)
 
-# %% ../../nbs/framework/02_reference.ipynb #0f6e1be0
+# %% ../../nbs/framework/02_reference.ipynb #32cc6a77
 def kernel_attention(
     x: np.ndarray,        # (b, c, H, W)
     state: dict,          # `query`, `key`, `value`, `out`; channels of key and value ordered head, channel, tap
@@ -308,7 +308,7 @@ def kernel_attention(
     size: int,            # k
     weights_of: Callable, # (logits, bias, mask) -> weights
     stride: int = 1,
-    mask=None,            # bool (n, n), for all heads
+    mask=None,            # bool (n, n), for all heads, or a function of the logits
 ) -> np.ndarray:          # (b, c', H', W')
     "Two dynamic convolutions of k x k with an activation between them."
     images = []
@@ -324,8 +324,11 @@ def kernel_attention(
             keys, values = [t[0, head].reshape(len(t[0, head]), -1, size, size) for t in (k, v)]
             logits = convolve(query[head], keys, stride)                                       # (m, H', W')
             row_bias = None if bias is None else bias[head, places]
-            row_mask = None if mask is None else mask[places]
-            weights = weights_of(logits.reshape(len(logits), -1).T, row_bias, row_mask)        # (n', m)
+            rows = logits.reshape(len(logits), -1).T                                           # (n', m)
+            row_mask = None
+            if callable(mask): row_mask = mask(rows)
+            elif mask is not None: row_mask = mask[places]
+            weights = weights_of(rows, row_bias, row_mask)
             out.append(convolve(weights.T.reshape(logits.shape), values.swapaxes(0, 1)))
         y = np.concatenate(out)
         images.append(np.moveaxis(linear(np.moveaxis(y, 0, 2), state, 'out'), 2, 0))
@@ -347,14 +350,14 @@ def topk_mask(logits: np.ndarray, k: int) -> np.ndarray:
     np.put_along_axis(mask, order, True, -1)
     return mask
 
-# %% ../../nbs/framework/02_reference.ipynb #5f136e66
+# %% ../../nbs/framework/02_reference.ipynb #008b488a
 def selection_mask(
     name: str,         # in `SELECTIONS`
     selection,         # the object: says its size, nothing else
     grid: tuple[int, int],
 ):                     # (n, n) bool, or a function of the logits
     "The mask of a hard selection of the registry."
-    if name == 'neighborhood': return neighborhood_mask(grid, selection.kernel_size)
-    if name == 'topk': return lambda logits: topk_mask(logits, selection.num_kernels)
+    if name == 'neighborhood': return neighborhood_mask(grid, (selection.kernel_size,) * 2)
+    if name == 'topk': return lambda logits: topk_mask(logits, selection.count(math.prod(grid)))
     nothing = torch.zeros(1, 1, math.prod(grid), 1)
     return np.broadcast_to(selection(nothing, nothing, nothing)[2][0, 0], (math.prod(grid),) * 2)

@@ -196,21 +196,21 @@ class SelectedMean(nn.Module):
         means = mask @ tokens / mask.sum(-1, keepdim=True)
         return to_map(means[:, 0], *x.shape[2:])
 
-# %% ../../nbs/framework/03_space.ipynb #3b9dadb6
+# %% ../../nbs/framework/03_space.ipynb #870e195f
 def build_pair(spec: KernelSpec, dim: int, grid: tuple[int, int], heads: int) -> nn.Module:
     "The cells (dynamic, any selection, pair): maps (b, dim, h, w) to the same"
     n = math.prod(grid)
     options = dict(activation=spec.activation, num_kernels=n, grid_size=grid)
     if spec.position == 'rel': options['pos'] = 'rel'
     if spec.selection == 'soft': options |= dict(selection=ProjectedKernels(grid, n // 2, heads), num_kernels=n // 2)
-    if spec.selection in REGISTERED: options['selection'] = create_selection(spec.selection, grid, heads)
+    if spec.selection in REGISTERED: options['selection'] = create_selection(spec.selection, grid)
     if spec.kernel_size > 1: return KernelAttention2d(dim, heads, spec.kernel_size, **options)
     return OnMap(DynamicConvAttention(dim, heads, **options))
 
 def build_depthwise_attention(spec: KernelSpec, dim: int, grid: tuple[int, int], heads: int) -> nn.Module:
     "The cells (dynamic, hard, depthwise, 1): Eq. 5"
     options = dict(pos='rel' if spec.position == 'rel' else None, grid_size=grid)
-    if spec.selection in REGISTERED: options['selection'] = create_selection(spec.selection, grid, heads)
+    if spec.selection in REGISTERED: options['selection'] = create_selection(spec.selection, grid)
     return OnMap(DepthwiseSelfAttention(dim, heads, **options))
 
 # %% ../../nbs/framework/03_space.ipynb #a18500f5

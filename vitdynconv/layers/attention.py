@@ -58,6 +58,7 @@ class TokenMixer(nn.Module):
         num_prefix_tokens: int = 0,           # class and register tokens in front of the grid
         num_tables: int | None = None,        # tables of relative position: one per head unless given
         selection=None,                       # a name in `SELECTIONS`, an object of such a class, or None for all kernels
+        selection_options: dict | None = None, # further options of a selection given by name
         device=None, dtype=None,
     ):
         super().__init__()
@@ -68,7 +69,7 @@ class TokenMixer(nn.Module):
         self.grid_size = None if grid_size is None else to_2tuple(grid_size)
         self.num_prefix_tokens = num_prefix_tokens
         self.num_tables = num_tables or num_heads
-        self.selection = create_selection(selection, self.grid_size, num_heads, num_prefix_tokens)
+        self.selection = create_selection(selection, self.grid_size, num_heads, num_prefix_tokens, **selection_options or {})
         self.live_grid = None
         self.make_table(pos, device, dtype)
 
@@ -80,7 +81,7 @@ class TokenMixer(nn.Module):
     @live_grid.setter
     def live_grid(self, grid_size: tuple[int, int] | None):
         self._live_grid = grid_size
-        if hasattr(self.selection, 'live_grid'): self.selection.live_grid = grid_size
+        if self.selection is not None: self.selection.live_grid = grid_size
 
 # %% ../../nbs/layers/05_attention.ipynb #88ab4a9d
 @patch
@@ -146,9 +147,7 @@ def select(self: TokenMixer,
 ) -> tuple:                   # k, v, mask: the bank that is used, and which of its kernels
     "Apply the mixer's own kernel selection, on top of the mask of this call."
     if self.selection is None: return k, v, mask
-    k, v, chosen = self.selection(q, k, v)
-    if mask is None or chosen is None: return k, v, chosen if mask is None else mask
-    return k, v, mask & chosen
+    return self.selection(q, k, v, mask)
 
 # %% ../../nbs/layers/05_attention.ipynb #d4ac9f28
 @patch
@@ -321,7 +320,8 @@ def timm_settings(
     "The shape of an attention module. ValueError, naming the module and the reason, where it has parts that the paper's block lacks."
     kind, projection = type(attn).__name__, 'qk' if hasattr(attn, 'qk') else 'qkv'
     extra = [part for part in ('gate', 'norm') if not isinstance(getattr(attn, part, None), (type(None), nn.Identity))]
-    if not all(hasattr(attn, part) for part in (projection, 'proj', 'num_heads')): extra = ['qkv, proj and num_heads in other places']
+    if not all(hasattr(attn, part) for part in (projection, 'proj', 'num_heads')):
+        raise ValueError(f"{kind} is no attention with qkv, proj and num_heads; only timm's Attention and WindowAttention can be taken over")
     if extra: raise ValueError(f"{kind} has {' and '.join(extra)}, which the block of the paper lacks; only timm's Attention and WindowAttention can be taken over")
     parts = 2 if projection == 'qk' else 3
     dim, width = layer_size(getattr(attn, projection), f'{projection} of {kind}')
@@ -361,9 +361,10 @@ def copy_weights(
         times, rest = divmod(new.num_tables, resized.shape[1])
         if times and not rest: table.copy_(resized.repeat_interleave(times, 1))
         table.requires_grad_(old_table.requires_grad)
-    known, state = new.state_dict(), old.state_dict()
-    kept = {name: w for name, w in state.items() if name.startswith('act.') and name in known and known[name].shape == w.shape}
-    new.load_state_dict(known | kept)
+    if not (hasattr(new, 'act') and hasattr(old, 'act')): return
+    known = new.act.state_dict()
+    for name, w in old.act.state_dict().items():
+        if name in known and known[name].shape == w.shape: known[name].copy_(w)
 
 # %% ../../nbs/layers/05_attention.ipynb #2098e56d
 @patch(cls_method=True)

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     registry="create_model paper_model",
     surgery="convert to_timm",
     systems="SYSTEMS exchange",
-    weights="checkpoint_filter_fn",
+    fitting="checkpoint_filter_fn",
 )
 
 if "timm" in sys.modules:  # the registry of timm can be filled at once; before, it is filled with the first name used

@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.position import kernel_to_table
 from .adapter import Backbone, Converted, Place, set_module
+from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
 
 # %% ../../nbs/models/04_convnext.ipynb #bb013mm
 @register_notrace_module

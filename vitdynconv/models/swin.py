@@ -15,6 +15,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import nn, Tensor
 from ..layers.attention import DynamicConvAttention
 from .adapter import Backbone, Converted, Place, moved_layers, rebuilt, set_module
+from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
 
 # %% ../../nbs/models/03_swin.ipynb #bb009wi
 def to_windows(
@@ -50,10 +51,11 @@ class DynamicConvSwinBlock(SwinTransformerBlock):
     def attn_mask(self) -> Tensor | None:
         "(windows, n, n): 0 for kernels of the same region, -100 for others; None without a shift."
         like = self.norm1.weight
+        if torch.compiler.is_compiling(): return self.get_attn_mask(device=like.device, dtype=like.dtype)
         key = self.input_resolution, self.window_size, self.shift_size, like.device, like.dtype
         if self.made_mask and self.made_mask[0] == key: return self.made_mask[1]
         mask = self.get_attn_mask(device=like.device, dtype=like.dtype)
-        if type(mask) is Tensor and not torch.compiler.is_compiling(): self.made_mask = key, mask
+        if type(mask) is Tensor: self.made_mask = key, mask      # not the stand-in of a tracer
         return mask
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ def timm_mixer(self: SwinBackbone, mixer: DynamicConvAttention) -> nn.Module:
     "A softmax mixer as timm's `WindowAttention`; without tables it gets tables of zeros."
     inner = mixer.num_heads * mixer.head_dim
     width = {} if inner == mixer.dim else dict(head_dim=mixer.head_dim)
-    like = mixer.proj.weight
+    like = next(mixer.parameters())
     new = WindowAttention(mixer.dim, mixer.num_heads, window_size=mixer.grid_size, attn_drop=mixer.attn_drop.p, proj_drop=mixer.proj_drop.p, **width).to(like)
     table = mixer.relative_position_bias_table
     if table is None: nn.init.zeros_(new.relative_position_bias_table)

@@ -13,6 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from .adapter import Backbone, Converted, Place
+from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
 
 # %% ../../nbs/models/02_vit.ipynb #bb006mo
 class DynamicConvViT(Converted, VisionTransformer):
@@ -24,17 +25,13 @@ class DynamicConvViT(Converted, VisionTransformer):
 
     def _pos_embed(self, x):
         if self.dynamic_img_size: self.set_live_grid(tuple(x.shape[1:3]))   # the patch embedding gives a map then
-        return super()._pos_embed(x)
+        if self.pos_embed is not None: return super()._pos_embed(x)
+        if x.ndim == 4: x = x.flatten(1, 2)
+        tokens = [getattr(self, name, None) for name in ('cls_token', 'dist_token', 'reg_token')]
+        return torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens if t is not None), x], 1)
 
 class DynamicConvDistilledViT(DynamicConvViT, VisionTransformerDistilled):
     "A distilled DeiT of timm's whose token mixers are dynamic convolutions."
-    def _pos_embed(self, x):
-        if self.pos_embed is not None: return super()._pos_embed(x)
-        if self.dynamic_img_size:                                             # relative position only
-            self.set_live_grid(tuple(x.shape[1:3]))
-            x = x.flatten(1, 2)
-        tokens = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token)]
-        return torch.cat([*tokens, x], 1)
 
 # %% ../../nbs/models/02_vit.ipynb #bb006ad
 class ViTBackbone(Backbone):

@@ -212,14 +212,14 @@ CONVERTERS = {int: whole_number, float: number}
 
 def without_none(
     kind, # an annotation
-):        # the same; `int` for `int | None`
+):        # the same; int for int | None
     "The type of a value that is given: an optional parameter is None only if it is left out."
     if typing.get_origin(kind) not in (typing.Union, types.UnionType): return kind
     return next(part for part in typing.get_args(kind) if part is not type(None))
 
 def argument_settings(
     option: Option, # one of a command
-) -> dict:          # keyword arguments of `ArgumentParser.add_argument`
+) -> dict:          # keyword arguments of ArgumentParser.add_argument
     "How argparse has to treat an option."
     shown = '' if option.default in (None, '', False) else f' (default: {option.default})'
     settings = dict(default=option.default, help=(option.help + shown).replace('%', '%%'))
@@ -284,7 +284,7 @@ def runs_as_script(func: Callable) -> bool:
 def command(
     func: Callable = None,              # its parameters become options, the comments next to them their help
     *,
-    more_options: list[Option] = (),    # options that reach the function as keywords (`**settings`)
+    more_options: list[Option] = (),    # options that reach the function as keywords (**settings)
     go_on: str = '',                    # how to go on with interrupted work
 ) -> Callable:                          # a command when a script calls it without arguments, else the same function
     "Make a function a console command, also under `python -m`. In both uses the guard stands around it."

@@ -78,7 +78,7 @@ HOOKS = {  # our name of a method -> the private name by which the library calls
 }
 
 def private_hooks(
-    cls: type, # a subclass of another library's class, with methods named as in `HOOKS`
+    cls: type, # a subclass of another library's class, with methods named as in HOOKS
 ) -> type:     # the same class, whose methods the library finds
     "Class decorator: enter each method named in `HOOKS` under the library's private name too."
     for ours, theirs in HOOKS.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 def assert_equal(
     actual: Tensor,     # what the code under test returned
     expected: Tensor,   # what an independent computation says
-    tol: float = 1e-12, # largest difference allowed, absolute and relative to `expected`
+    tol: float = 1e-12, # largest difference allowed, absolute and relative to expected
 ) -> None:              # nothing: raises AssertionError where the two differ
     "Assert that two tensors have one shape, one dtype and, within `tol`, the same values. Nothing is broadcast; NaN equals nothing."
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
@@ -29,8 +29,8 @@ class Difference(NamedTuple):
 
 # %% ../../nbs/tools/00_testing.ipynb #daa00f90
 def difference(
-    f,           # first computation, called with `*inputs`
-    g,           # second computation, called with `*inputs`
+    f,           # first computation, called with *inputs
+    g,           # second computation, called with *inputs
     *inputs,     # tensors handed to both; gradients are compared for each floating-point one
     params=(),   # pairs (parameter of f, the same parameter of g), shapes equal, for modules with copied weights
 ) -> Difference: # largest difference of outputs and of gradients

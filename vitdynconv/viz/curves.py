@@ -23,7 +23,7 @@ MARKERS = 'os^DvXP*<>phd'
 
 def line_styles(
     count: int, # how many lines
-) -> list[dict]: # settings of matplotlib's `plot`
+) -> list[dict]: # settings of matplotlib's plot
     "Looks for so many lines; the first thirty differ in dashes or marker."
     looks = zip(itertools.cycle(COLOURS), itertools.cycle(DASHES), itertools.cycle(MARKERS))
     return [dict(color=c, ls=dash, marker=m) for c, dash, m in itertools.islice(looks, count)]
@@ -50,7 +50,7 @@ def band(
 # %% ../../nbs/viz/01_curves.ipynb #curv0013
 def draw_line(
     ax,            # axes
-    line,          # values, one per epoch, or a `Band`
+    line,          # values, one per epoch, or a Band
     style: dict,   # looks
     label: str,
     start: int,    # the epoch of the first value
@@ -65,7 +65,7 @@ def draw_line(
 
 # %% ../../nbs/viz/01_curves.ipynb #curv0014
 def draw_curves(
-    panels: dict,    # title -> {label: values, one per epoch, None where there is none; or a `Band`}
+    panels: dict,    # title -> {label: values, one per epoch, None where there is none; or a Band}
     note: str = '',  # below the panels: whose runs these are
     start: int = 1,  # the epoch of the first value
 ) -> Figure:         # one axes per panel, three in a row at most, and a legend below
@@ -92,7 +92,7 @@ def draw_curves(
 
 # %% ../../nbs/viz/01_curves.ipynb #curv0017
 def read_history(
-    run, # path of a `history.csv`, or its rows
+    run, # path of a history.csv, or its rows
 ) -> list[dict]: # one per epoch; None where a field is empty
     "The rows of a run's history."
     if not isinstance(run, (str, Path)): return run
@@ -104,14 +104,14 @@ def read_history(
 def history_line(
     histories: list[list[dict]], # of one or several runs
     column: str,                 # of the histories
-):                               # values, one per epoch, or a `Band` of several runs
+):                               # values, one per epoch, or a Band of several runs
     "One column of one run as a curve, of several runs as a band."
     values = [[row.get(column) for row in history] for history in histories]
     return band(values) if len(values) > 1 else values[0]
 
 # %% ../../nbs/viz/01_curves.ipynb #curv0019
 def draw_convergence(
-    runs: dict, # label -> a run (path of a `history.csv`, or rows); or a tuple of runs, which become a band
+    runs: dict, # label -> a run (path of a history.csv, or rows); or a tuple of runs, which become a band
     columns: tuple = ('train_loss', 'valid_loss', 'accuracy'), # one panel for each that the histories have
     note: str = 'our own runs: small models, not ImageNet',    # whose runs these are
 ) -> Figure:                                                   # one axes per column

@@ -34,8 +34,8 @@ def check_position(
 # %% ../../nbs/viz/05_explorer.ipynb #d6b52373
 def draw_choices(
     photo: Tensor,             # (1, 3, H, W)
-    logits: Tensor,            # (heads, n, n) from `run_activations`
-    results: dict,             # name -> `ActivationResult`, from `run_activations`
+    logits: Tensor,            # (heads, n, n) from run_activations
+    results: dict,             # name -> ActivationResult, from run_activations
     grid: tuple[int, int],     # (h, w) patches
     position: tuple[int, int], # (row, column)
     head: int = 0,
@@ -65,8 +65,8 @@ def draw_choices(
 # %% ../../nbs/viz/05_explorer.ipynb #34efcd29
 def explore(
     photo: Tensor | None = None, # (1, 3, H, W); the flower if None
-    **mixer,                     # options of `PhotoMixer`
-):                               # an `ipywidgets.interactive`: sliders for row, column and head above the picture
+    **mixer,                     # options of PhotoMixer
+):                               # an ipywidgets.interactive: sliders for row, column and head above the picture
     "Pick a position of a photograph and see its kernels, their weights and the outputs. ImportError, with the cure, without ipywidgets."
     try:
         import ipywidgets
@@ -97,7 +97,7 @@ def pack(
     return dict(data=base64.b64encode(integers.tobytes()).decode(), scale=scale)
 
 def unpack(
-    packed: dict, # from `pack`
+    packed: dict, # from pack
 ) -> Tensor:      # (numbers,) float64
     "The numbers again, flat."
     integers = np.frombuffer(base64.b64decode(packed['data']), '<i2')
@@ -319,6 +319,10 @@ CLICKS = '''
 # %% ../../nbs/viz/05_explorer.ipynb #1d1c2697
 class Page(str):
     "A piece of HTML that a notebook shows as what it is; a string to everything else."
+    def __new__(cls,
+        text: str, # HTML
+    ): return super().__new__(cls, text)
+
     def _repr_html_(self) -> str: return str(self)
     def __repr__(self) -> str: return f'Page of {len(self):,} characters'
 

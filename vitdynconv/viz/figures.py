@@ -22,7 +22,7 @@ from .theme import FILL, INK, Sheet, colour_limit, draw_arrow, draw_box, mark, p
 # %% ../../nbs/viz/03_figures.ipynb #481ceacf
 def stack(
     sheet: Sheet,
-    name: str,       # its channels become `name 0`, `name 1`, ...
+    name: str,       # its channels become name 0, name 1, ...
     maps: Tensor,    # (channels, h, w), drawn one behind the other
     x: float,        # left edge of the first, inches
     y: float,        # its upper edge, inches
@@ -137,7 +137,7 @@ def draw_layers(
 # %% ../../nbs/viz/03_figures.ipynb #e169d0c7
 def place_bank(
     sheet: Sheet,
-    name: str,    # under which `shown` finds it
+    name: str,    # under which shown finds it
     bank: Tensor, # (n, d) kernels
     marked: int,  # the kernel to mark
     y: float,     # upper edge, inches
@@ -261,7 +261,7 @@ def draw_channels(
 # %% ../../nbs/viz/03_figures.ipynb #5b740836
 def draw_selection(
     photo: Tensor,             # (1, 3, H, W)
-    masks: dict,               # title -> (n, n) bool, position and kernel; or a rule with a method `mask(h, w)`
+    masks: dict,               # title -> (n, n) bool, position and kernel; or a rule with a method mask(h, w)
     grid: tuple[int, int],     # (h, w), divides the photograph
     position: tuple[int, int], # (row, column)
     dark: float = .25,         # brightness of what is not selected

@@ -20,7 +20,7 @@ from ..layers.equivalence import DynamicConvBlock
 PHOTOGRAPHS = 'flower.jpg', 'china.jpg' # scikit-learn ships these two
 
 def photograph(
-    name: str = 'flower.jpg', # one of `PHOTOGRAPHS`
+    name: str = 'flower.jpg', # one of PHOTOGRAPHS
     size: tuple = (224, 336), # height and width in pixels
 ) -> Tensor:                  # (1, 3, height, width), 0 to 1
     "A photograph to draw on. Raises ValueError for a name that scikit-learn does not have."
@@ -111,7 +111,7 @@ class Steps(NamedTuple):
     out: Tensor     # (D, h, w) after the last static convolution
 
 def activation_weights(
-    activation: str | Callable, # a name in `ACTIVATIONS`, or what a block holds
+    activation: str | Callable, # a name in ACTIVATIONS, or what a block holds
     logits: Tensor,             # (..., n) answers of n kernels
     head_dim: int,              # channels of a kernel, d
 ) -> Tensor:                    # (..., n) weights
@@ -144,8 +144,8 @@ class ActivationResult(NamedTuple):
 @torch.no_grad()
 def run_activations(
     mixer: PhotoMixer,           # its activation is exchanged, and restored
-    activations: tuple = TABLE2, # names in `ACTIVATIONS`
-) -> tuple[Tensor, dict]:        # logits (heads, n, n), and name -> `ActivationResult`
+    activations: tuple = TABLE2, # names in ACTIVATIONS
+) -> tuple[Tensor, dict]:        # logits (heads, n, n), and name -> ActivationResult
     "Run a photograph through its own self-attention under each activation."
     before = mixer.block.activation.name
     x = mixer.embed(mixer.photo)

@@ -67,7 +67,7 @@ def view_linformer(
 
 # %% ../../nbs/viz/04_systems.ipynb #syst0011
 def view_dynamic_conv(
-    conv: nn.Module, # `DynamicConv2d`
+    conv: nn.Module, # DynamicConv2d
     x: Tensor,       # (1, D, h, w)
 ) -> SystemView:     # its four choices
     "D-Conv: a static bank, a soft selection made from the image, one dense kernel."
@@ -80,7 +80,7 @@ def view_dynamic_conv(
                       centre, f'{in_channels} → {out_channels}, dense', kernel[0, 0])
 
 def view_dynamic_depthwise(
-    conv: nn.Module,           # `DynamicDepthwiseConv2d`, one kernel per position
+    conv: nn.Module,           # DynamicDepthwiseConv2d, one kernel per position
     x: Tensor,                 # (1, D, h, w)
     position: tuple[int, int], # (row, column)
 ) -> SystemView:               # its four choices

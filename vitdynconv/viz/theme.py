@@ -79,7 +79,7 @@ def draw_box(
     x: float,           # centre, inches
     y: float,           # centre, inches
     text: str,          # on the box
-    kind: str,          # a key of `FILL`: static, dynamic or activation
+    kind: str,          # a key of FILL: static, dynamic or activation
     width: float = .78, # inches
     height: float = .5, # inches
 ) -> None:
@@ -107,7 +107,7 @@ def colour_limit(
 
 def place(
     sheet: Sheet,
-    name: str,                # under which `shown` finds it
+    name: str,                # under which shown finds it
     values: Tensor,           # (rows, columns) numbers, or (rows, columns, 3) a photograph
     x: float,                 # left edge, inches
     y: float,                 # upper edge, inches
@@ -154,7 +154,7 @@ def ink_axes(
     height: float,    # inches
     columns: int = 1, # axes in a row
     rows: int = 1,    # rows of axes
-    **options,        # of matplotlib's `subplots`
+    **options,        # of matplotlib's subplots
 ) -> tuple:           # the sheet, a flat array of its axes
     "Axes in ink on a transparent ground, for curves and bars."
     sheet = Sheet(width, height)

@@ -1,0 +1,228 @@
+"Weights from files, at any size: everything is kept but the head, and nothing is lost without a word."
+import copy
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vitdynconv.layers.equivalence import attention
+from vitdynconv.models.registry import create_model
+from vitdynconv.models.surgery import convert, to_timm
+from vitdynconv.models.weights import convert_file, timm_model
+from vitdynconv.tools.testing import assert_equal
+
+DEIT, SWIN_T = 'deit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'
+VIT = dict(embed_dim=24, depth=2, num_heads=3, patch_size=8)
+SWIN = dict(embed_dim=12, depths=(1, 2), num_heads=(2, 3))
+CONVNEXT = dict(dims=(8, 16, 24, 32), depths=(1, 1, 2, 1))
+SMALL, LARGE = dict(deit=(32, 48), swin=(56, 112), convnext=(64, 64)), dict(deit=(64, 96), swin=(112, 224), convnext=(96, 96))
+FINISHED = {
+    'deit softmax abs': (DEIT, VIT, {}), 'deit rel': (DEIT, VIT, dict(activation='scaling', pos='rel')),
+    'deit ln_relu, pooled': (DEIT, VIT, dict(activation='ln_relu', pos='rel', class_token=False)),
+    'deit depthwise': (DEIT, VIT, dict(kernel='depthwise', pos='rel', pos_per='channel')),
+    'distilled': ('deit_tiny_distilled_patch16_224', VIT, dict(activation='ln', pos='rel')),
+    'swin softmax': (SWIN_T, SWIN, {}), 'swin ln abs': (SWIN_T, SWIN, dict(activation='ln', pos='abs')),
+    'swin depthwise': (SWIN_T, SWIN, dict(kernel='depthwise', pos_per='channel')),
+    'linformer deit': (f'linformer_{DEIT}', VIT, dict(activation='ln')), 'linformer swin': (f'linformer_{SWIN_T}', SWIN, {}),
+    'dconv deit': (f'dconv_{DEIT}', VIT, {}), 'ddwconv swin': (f'ddwconv_{SWIN_T}', SWIN, {}),
+    'convnext ln': ('convnext_atto', CONVNEXT, dict(activation='ln', pos='rel', selection='all')), 'ddwconv convnext': ('ddwconv_convnext_atto', CONVNEXT, {}),
+}
+every_finished = pytest.mark.parametrize('name, body, settings', FINISHED.values(), ids=FINISHED)
+
+
+def stirred(model):
+    "Move all weights, so that none is where it started."
+    torch.manual_seed(1)
+    for p in model.parameters(): p.data += .1 * torch.randn_like(p)
+    return model.eval()
+
+
+def kind(name): return next(k for k in SMALL if k in name)
+
+
+def built(name, body, settings, size=SMALL, **kwargs):
+    torch.manual_seed(0)
+    return create_model(name, img_size=size[kind(name)], **dict(num_classes=7) | body | settings | kwargs)
+
+
+def images(name, size, channels=3): return torch.randn(2, channels, *size[kind(name)], generator=torch.Generator().manual_seed(3))
+
+
+def same_windows(model): return dict(window_size=7) if hasattr(model, 'layers') else {}   # as a model that is built for another size
+
+
+def head_of(model):
+    heads = model.get_classifier()
+    return {n for n, m in model.named_modules() if any(m is h for h in (heads if isinstance(heads, tuple) else (heads,)))}
+
+
+def assert_kept(new, moved):
+    "All weights of a model that was moved to another size, but its heads'."
+    heads = tuple(f'{n}.' for n in head_of(new))
+    for n, w in moved.state_dict().items():
+        if not n.startswith(heads): assert_equal(new.state_dict()[n], w, tol=1e-6)
+
+
+@every_finished
+def test_a_finished_checkpoint_fits_any_size(name, body, settings, tmp_path):
+    old = stirred(built(name, body, settings))
+    torch.save({'model': old.state_dict()}, tmp_path/'old.pth')
+    same = built(name, body, settings, checkpoint=tmp_path/'old.pth').eval()
+    assert_equal(same(images(name, SMALL)), old(images(name, SMALL)), tol=1e-6)
+    larger = built(name, body, settings, LARGE, checkpoint=tmp_path/'old.pth', num_classes=3).eval()
+    moved = copy.deepcopy(old)
+    moved.set_input_size(LARGE[kind(name)], **same_windows(moved))
+    assert_kept(larger, moved)
+    moved.reset_classifier(3)
+    for n in head_of(moved): moved.get_submodule(n).load_state_dict(larger.get_submodule(n).state_dict())
+    assert_equal(larger(images(name, LARGE)), moved(images(name, LARGE)), tol=1e-5)
+
+
+@every_finished
+def test_other_channels_and_a_headless_file(name, body, settings, tmp_path):
+    old = stirred(built(name, body, settings, num_classes=0))
+    torch.save(old.state_dict(), tmp_path/'old.pth')
+    grey = built(name, body, settings, checkpoint=tmp_path/'old.pth', in_chans=1, num_classes=2).eval()
+    stem = 'stem.0.weight' if 'convnext' in name else 'patch_embed.proj.weight'
+    assert_equal(grey.state_dict()[stem][:, 0], old.state_dict()[stem].sum(1), tol=1e-5)
+    assert grey(images(name, SMALL, 1)).shape == (2, 2)
+    grey.get_submodule(stem.rpartition('.')[0]).weight = nn.Parameter(old.state_dict()[stem])
+    assert_kept(grey, old)
+
+
+@every_finished
+def test_a_published_model_is_fetched_at_another_size(name, body, settings, tmp_path):
+    old = stirred(built(name, body, settings))
+    timm.models.save_for_hf(old, tmp_path/'model')
+    again = timm.create_model(f'local-dir:{tmp_path/"model"}', pretrained=True).eval()
+    assert_equal(again(images(name, SMALL)), old(images(name, SMALL)), tol=1e-6)
+    larger = timm.create_model(f'local-dir:{tmp_path/"model"}', pretrained=True, img_size=LARGE[kind(name)], num_classes=2).eval()
+    moved = copy.deepcopy(old)
+    moved.set_input_size(LARGE[kind(name)], **same_windows(moved))
+    assert_kept(larger, moved)
+
+
+def test_a_finished_file_in_timms_overlay_is_not_taken_for_the_bases(tmp_path):
+    settings = dict(activation='ln_relu', pos='rel')
+    old = stirred(built(DEIT, VIT, settings))
+    torch.save(old.state_dict(), tmp_path/'old.pth')
+    new = timm.create_model(f'vdc_{DEIT}', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path/'old.pth')), img_size=SMALL['deit'], num_classes=2, **VIT, **settings)
+    assert_kept(new, old)
+
+
+def test_a_file_that_fits_nothing_is_refused_and_says_why(tmp_path):
+    old = built(DEIT, VIT, dict(activation='ln', pos='rel'))
+    state = old.state_dict()
+    torch.save(state, tmp_path/'old.pth')
+    torch.save({n: w for n, w in state.items() if 'qkv' not in n}, tmp_path/'part.pth')
+    torch.save({'fc.weight': torch.zeros(2, 2)}, tmp_path/'other.pth')
+    for file, settings, reason in [('old.pth', dict(activation='ln', pos='abs'), 'lacks pos_embed'), ('old.pth', dict(activation='scaling', pos='rel'), 'blocks.0.attn.act.weight'),
+                                   ('part.pth', dict(activation='ln', pos='rel'), 'qkv'), ('other.pth', {}, 'fc.weight')]:
+        with pytest.raises(ValueError, match=f'does not fit.*{reason}'): built(DEIT, VIT, settings, checkpoint=tmp_path/file, num_classes=2)
+    with pytest.raises(ValueError, match='does not fit.*24'): built(DEIT, VIT | dict(embed_dim=48), dict(activation='ln', pos='rel'), checkpoint=tmp_path/'old.pth')
+    with pytest.raises(ValueError, match='does not fit'): convert_file(DEIT, {}, str(tmp_path/'old.pth'), out=str(tmp_path/'new.safetensors'))
+
+
+def test_a_base_file_of_which_weights_are_missing_is_refused_with_any_head(tmp_path):
+    base = timm.create_model(DEIT, img_size=32, num_classes=7, **VIT)
+    torch.save({n: w for n, w in base.state_dict().items() if 'blocks.1' not in n}, tmp_path/'part.pth')
+    torch.save({n: w for n, w in base.state_dict().items() if 'head' not in n}, tmp_path/'headless.pth')
+    with pytest.raises(ValueError, match='blocks.1'): timm_model(DEIT, checkpoint=tmp_path/'part.pth', img_size=32, num_classes=2, **VIT)
+    new = timm_model(DEIT, checkpoint=tmp_path/'headless.pth', img_size=32, num_classes=2, **VIT)
+    assert new.head.out_features == 2 and torch.equal(new.blocks[1].attn.qkv.weight, base.blocks[1].attn.qkv.weight)
+    ours = create_model(DEIT, 'ln', pos='rel', checkpoint=tmp_path/'headless.pth', img_size=32, num_classes=2, **VIT)
+    assert torch.equal(ours.blocks[1].attn.qkv.weight, base.blocks[1].attn.qkv.weight)
+
+
+@every_finished
+def test_built_on_the_meta_device(name, body, settings):
+    old = stirred(built(name, body, settings))
+    new = built(name, body, settings, device='meta').eval()
+    assert not {n for n, _ in new.named_buffers()} - new.state_dict().keys()     # no buffer that no checkpoint holds
+    with torch.no_grad(): assert new(images(name, SMALL).to('meta')).is_meta
+    emptied = copy.deepcopy(new).to_empty(device='cpu')
+    emptied.load_state_dict(old.state_dict())
+    new.load_state_dict(old.state_dict(), assign=True)
+    for model in emptied, new: assert_equal(model.eval()(images(name, SMALL)), old(images(name, SMALL)), tol=0.)
+
+
+# Layers that are more than a matrix
+
+class LoRA(nn.Module):
+    "A linear layer with an adapter, as peft wraps one."
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x): return self.base(x) + self.b(self.a(x))
+
+
+def weight_norm(attn): torch.nn.utils.parametrizations.weight_norm(attn.qkv)
+def old_weight_norm(attn): torch.nn.utils.weight_norm(attn.proj)
+def orthogonal(attn): torch.nn.utils.parametrizations.orthogonal(attn.proj)
+def lora(attn): attn.qkv, attn.proj = LoRA(attn.qkv), LoRA(attn.proj)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('wrap', [weight_norm, old_weight_norm, orthogonal, lora], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('name', [DEIT, SWIN_T])
+def test_wrapped_layers_come_along(wrap, name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=SMALL[kind(name)], num_classes=5, **VIT if name == DEIT else SWIN)
+    mixers = [m for m in model.modules() if hasattr(m, 'qkv')]
+    for attn in mixers: wrap(attn)
+    stirred(model)
+    new, x = convert(model), images(name, SMALL)
+    assert_equal(new(x), model(x), tol=1e-5)
+    assert not new.conversion.new and not new.conversion.dropped
+    assert_equal(to_timm(new)(x), model(x), tol=1e-5)
+    if wrap in (weight_norm, lora):
+        with pytest.raises(ValueError, match='attn.*qkv'): convert(model, kernel='depthwise')
+
+
+def test_quantised_layers_come_along_or_are_refused_by_name():
+    torch.manual_seed(0)
+    model = timm.create_model(DEIT, img_size=32, num_classes=5, **VIT).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    x = torch.randn(2, 3, 32, 32)
+    try: new = convert(quantised)
+    except ValueError as error: assert 'qkv' in str(error) or 'copied' in str(error)
+    else: assert_equal(new(x), quantised(x), tol=1e-5)
+
+
+@pytest.mark.parametrize('settings', [{}, dict(activation='ln', pos='rel'), dict(kernel='depthwise', pos='rel')], ids=str)
+def test_attention_that_blocks_share_stays_shared(settings):
+    torch.manual_seed(0)
+    model = timm.create_model(DEIT, img_size=32, num_classes=5, **VIT).eval()
+    model.blocks[1].attn = model.blocks[0].attn
+    new = convert(model, **settings)
+    assert new.blocks[0].attn is new.blocks[1].attn
+    x = torch.randn(2, 3, 32, 32)
+    if not settings:
+        assert_equal(new(x), model(x), tol=1e-5)
+        back = to_timm(new)
+        assert back.blocks[0].attn is back.blocks[1].attn
+        assert_equal(back(x), model(x), tol=1e-5)
+
+
+def test_weights_that_attention_shares_stay_shared():
+    torch.manual_seed(0)
+    model = timm.create_model(DEIT, img_size=32, num_classes=5, **VIT).eval()
+    model.blocks[1].attn.qkv, model.blocks[1].attn.proj.weight = model.blocks[0].attn.qkv, model.blocks[0].attn.proj.weight
+    for settings in {}, dict(kernel='depthwise'):
+        new = convert(model, **settings)
+        first, second = (getattr(b.attn, 'qk' if settings else 'qkv') for b in new.blocks)
+        assert first.weight is second.weight and first.bias is second.bias and new.blocks[0].attn.proj.weight is new.blocks[1].attn.proj.weight
+
+
+@pytest.mark.parametrize('name', [DEIT, SWIN_T])
+def test_dropout_on_weights_of_kernels_is_honoured_or_refused(name):
+    model = timm.create_model(name, img_size=SMALL[kind(name)], attn_drop_rate=.5, **VIT if name == DEIT else SWIN)
+    assert all(m.attn_drop.p == .5 for m in convert(model).modules() if hasattr(m, 'attn_drop'))
+    with pytest.raises(ValueError, match='attn.*attn_drop'): convert(model, kernel='depthwise')
+    with pytest.raises(ValueError, match='attn_drop'): create_model(f'dconv_{name}', img_size=SMALL[kind(name)], attn_drop_rate=.5, **VIT if name == DEIT else SWIN)
+    dropping = create_model(f'ddwconv_{name}', img_size=SMALL[kind(name)], proj_drop_rate=.5, **VIT if name == DEIT else SWIN)
+    assert all(m.proj_drop.p == .5 for m in dropping.modules() if hasattr(m, 'proj_drop'))
