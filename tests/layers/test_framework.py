@@ -158,7 +158,7 @@ def test_the_grid_is_complete_and_every_gap_explained():
     cells = design_space()
     assert len(cells) == len(set(c.spec for c in cells)) == 2268
     published = [s for s in POSSIBLE if s.selection not in ('neighborhood', 'topk')]
-    assert len(published) == 138 and len(POSSIBLE) == 138 + 44 + 39
+    assert len(published) == 138 and len(POSSIBLE) == 138 + 45 + 39
     assert {c.reason for c in cells} - {None} == {rule.reason for rule in RULES}
     for c in cells:
         if c.reason is not None and c.spec.activation in (None, 'softmax'):

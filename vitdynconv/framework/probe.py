@@ -132,7 +132,7 @@ def __call__(self: CutMixer,
     if arrived: y = arrived[0]
     return y.reshape(-1, y.shape[-1]) if self.parts else y.flatten(2)[0].T
 
-# %% ../../nbs/framework/01_probe.ipynb #f2fc4177
+# %% ../../nbs/framework/01_probe.ipynb #eb8a8c5e
 class Probe:
     "A mixer with a random feature map and a random image, watched at one position of the output."
     def __init__(self,
@@ -157,7 +157,7 @@ class Probe:
     def inner_position(self) -> int:
         "A position away from the border."
         side = math.isqrt(self.positions)
-        is_even_square = self.q.ndim == 4 and side**2 == self.positions and side % 2 == 0
+        is_even_square = side**2 == self.positions and side % 2 == 0
         return self.positions // 2 + (side // 2 if is_even_square else 0)
 
 # %% ../../nbs/framework/01_probe.ipynb #f71b641f
@@ -202,21 +202,22 @@ def selected(self: Probe,
     if q is None: self.sets[key] = chosen
     return chosen
 
-# %% ../../nbs/framework/01_probe.ipynb #8dd95f1e
+# %% ../../nbs/framework/01_probe.ipynb #3fe6a097
 @patch
 def follows_query(self: Probe) -> bool:
     "Do other queries select other kernels, and always the same number of them?"
     if self.selected().all(): return False
     sets = [self.selected()]
     sets += [self.selected(q=torch.randn_like(self.q)) for _ in range(3)]
-    sizes = {int(s.sum()) for s in sets}
-    return len(sizes) == 1 and any(not torch.equal(s, sets[0]) for s in sets)
+    if all(torch.equal(s, sets[0]) for s in sets): return False
+    one_query = self.reach() == 1    # a larger kernel joins the sets of several queries
+    return not one_query or len({int(s.sum()) for s in sets}) == 1
 
 @patch
 def other_sets(self: Probe) -> list[Tensor]:
-    "Whose kernels are used at the neighbours, and at the first and the last position."
+    "Whose kernels are used nearby, and at the first and the last position."
     p, last = self.position, self.positions - 1
-    others = sorted({0, p - 1, p + 1, last} - {p})
+    others = sorted({0, p - 3, p - 1, p + 1, p + 3, last} - {p})
     return [self.selected(i) for i in others if 0 <= i <= last]
 
 @patch
@@ -226,10 +227,10 @@ def has_bank(self: Probe) -> bool:
 
 @patch
 def moves_along(self: Probe) -> bool:
-    "Do the sets of neighbours overlap without being equal, at one and the same size?"
+    "Does a set nearby have the same size and overlap with this one, without being equal?"
     mine = self.selected()
-    overlapping = [s for s in self.other_sets() if (s & mine).any() and not torch.equal(s, mine)]
-    return bool(overlapping) and all(s.sum() == mine.sum() for s in overlapping)
+    same_size = [s for s in self.other_sets() if s.sum() == mine.sum()]
+    return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)
 
 # %% ../../nbs/framework/01_probe.ipynb #03ca2575
 @patch
@@ -337,7 +338,7 @@ def count_mixtures(self: Probe) -> int:
         if full: break                  # more outputs would add nothing
     return rank(torch.stack(rows))
 
-# %% ../../nbs/framework/01_probe.ipynb #1b2d42ca
+# %% ../../nbs/framework/01_probe.ipynb #fbcbc9cd
 @patch
 def bank(self: Probe) -> tuple[str, str, int | None]: # bank, selection, number of kernels
     "The bank and how kernels are selected from it."
@@ -346,10 +347,10 @@ def bank(self: Probe) -> tuple[str, str, int | None]: # bank, selection, number 
     if self.follows_query(): return 'dynamic', 'topk', number
     if not self.has_bank(): return 'none', 'none', None
     if self.is_bounded(): return 'static', 'soft', self.count_bank()
+    if self.moves_along(): return 'dynamic', 'neighborhood', number
     if self.depends_on_places():
         return 'dynamic', 'soft', self.count_mixtures() if self.kernel_type() == 'pair' else None
-    if mine.all(): return 'dynamic', 'all', number
-    return 'dynamic', 'neighborhood' if self.moves_along() else 'local', number
+    return 'dynamic', 'all' if mine.all() else 'local', number
 
 # %% ../../nbs/framework/01_probe.ipynb #c3d20d8a
 @patch
