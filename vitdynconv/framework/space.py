@@ -196,8 +196,8 @@ class SelectedMean(nn.Module):
         means = mask @ tokens / mask.sum(-1, keepdim=True)
         return to_map(means[:, 0], *x.shape[2:])
 
-# %% ../../nbs/framework/03_space.ipynb #972fcba7
-OPTIONS = dict(neighborhood=dict(kernel_size=3))
+# %% ../../nbs/framework/03_space.ipynb #f418cc94
+OPTIONS = dict(neighborhood=dict(kernel_size=3), topk=dict(k=3))
 
 def make_selection(name: str, grid: tuple[int, int]) -> nn.Module:
     "A selection of the registry for a map of this size."
