@@ -1,9 +1,13 @@
 "Rules of kernel selection, against timm and against loops, over shapes drawn by hypothesis."
 import copy
+import itertools
 import math
 import pickle
+import re
+import warnings
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,13 +15,16 @@ from hypothesis import given, settings
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn
 
+import numpy_reference as ref
+import reference_checks as checks
 from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.layers.conv import to_map, to_tokens
 from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.dynconv import KernelAttention2d
 from vitdynconv.layers.equivalence import attention, attention_to_convs, convs_to_attention
-from vitdynconv.layers.selection import SHARING, AllKernels, ProjectedKernels, WindowKernels, projections
+from vitdynconv.layers.selection import (SELECTIONS, SHARING, AllKernels, NeighborhoodKernels, ProjectedKernels, TopKernels,
+                                         WindowKernels, create_selection, projections)
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 sizes = st.tuples(st.integers(3, 11), st.integers(3, 11))
@@ -168,3 +175,325 @@ def test_linformer_attention_and_its_state_dict(activation):
     (lambda: ProjectedKernels(2, 3)(None, normal(1, 1, 5, 2), normal(1, 1, 5, 2)), 'set_grid_size'), (lambda: ProjectedKernels(2, 3, 2)(None, normal(1, 3, 4, 2), normal(1, 3, 4, 2)), 'num_heads=3')])
 def test_wrong_settings_are_answered(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()
+
+
+# --- every rule of the registry, in both mixers, against loops that share no code with it -----------------------------
+
+GRID, LIVE, PREFIX = (4, 5), (5, 6), 1
+FAMILY = {cls.family: name for name, cls in ACTIVATIONS.items() if name != "softmax"} | {"fused": "softmax"}   # one activation of each family
+OPTIONS = dict(window=dict(window_size=(2, 3), shift_size=1), neighborhood=dict(kernel_size=3), topk=dict(k=6), projected=dict(num_kernels=5))
+RULES = {name: OPTIONS.get(name, {}) for name in SELECTIONS} | {"window, plain": dict(window_size=2), "topk, a share": dict(k=.3)}
+MIXERS = [*FAMILY.values(), *checks.DEPTHWISE]
+HARD = [rule for rule in RULES if SELECTIONS[rule.split(",")[0]].hard]
+rules = pytest.mark.parametrize("rule", RULES)
+mixers = pytest.mark.parametrize("mixer", MIXERS)
+
+
+def build(rule, mixer, grid=GRID, prefix=0, pos=None, **settings):
+    "A mixer of 6 channels in two heads, with a selection given by name."
+    return checks.make_mixer(mixer, pos, grid, prefix, selection=rule.split(",")[0], selection_options=RULES[rule], **settings)
+
+
+def on_axis(i, n, size):
+    start = min(max(i - size // 2, 0), n - size)
+    return range(start, start + size)
+
+
+def in_neighborhood(i, j, grid, kernel_size):
+    (h, w), (r, c) = grid, divmod(i, grid[1])
+    return j // w in on_axis(r, h, kernel_size) and j % w in on_axis(c, w, kernel_size)
+
+
+def in_window(grid, window_size, shift_size=0):
+    "Tokens that share a window and a region, from the lists of `numpy_reference`."
+    pair = lambda v: (v, v) if isinstance(v, int) else v
+    window, shift = pair(window_size), pair(shift_size)
+    shared = np.zeros((math.prod(grid),) * 2, bool)
+    for tokens, regions in zip(*ref.window_tokens(grid, window, shift)):
+        for (a, ra), (b, rb) in itertools.product(zip(tokens, regions), repeat=2):
+            if a is None or b is None or ra != rb: continue
+            shared[a[0] * grid[1] + a[1], b[0] * grid[1] + b[1]] = True
+    return shared
+
+
+def map_mask(rule, grid):
+    "The hard rules of the map, (n, n)."
+    n, name = math.prod(grid), rule.split(",")[0]
+    if name == "window": return in_window(grid, **RULES[rule])
+    if name == "neighborhood": return np.array([[in_neighborhood(i, j, grid, **RULES[rule]) for j in range(n)] for i in range(n)])
+    return np.ones((n, n), bool)
+
+
+def best_kernels(q, k, mask, count):
+    "The `count` largest answers among those of `mask`; of equal ones the first."
+    b, h, n, m = *q.shape[:3], k.shape[2]
+    chosen = np.zeros((b, h, n, m), bool)
+    for image, head, i in itertools.product(range(b), range(h), range(n)):
+        allowed = [j for j in range(m) if mask[image, head, i, j]]
+        allowed.sort(key=lambda j: (-(q[image, head, i] * k[image, head, j]).real.sum(), j))
+        chosen[image, head, i, allowed[:count]] = True
+    return chosen
+
+
+def literal_mask(rule, x, state, grid, prefix, mask):
+    "What a hard rule leaves of a mask, (b, h, n, n)."
+    n = prefix + math.prod(grid)
+    chosen = np.ones((n, n), bool)
+    chosen[prefix:, prefix:] = map_mask(rule, grid)
+    shape = len(x), 2, n, n
+    chosen = np.broadcast_to(chosen if mask is None else chosen & mask, shape)
+    if rule.split(",")[0] != "topk": return chosen
+    layer, parts = ("qkv", 3) if "qkv.weight" in state else ("qk", 2)
+    q, k = ref.heads_of(ref.linear(x, state, layer), parts, 2)[:2]
+    wanted = RULES[rule]["k"]
+    return best_kernels(q, k, chosen, wanted if isinstance(wanted, int) else int(wanted * n + .5))
+
+
+def literal(rule, mixer, grid=GRID, prefix=0, mask=None):
+    "What `build(...)` should compute: (x, state) -> output."
+    def run(x, state):
+        if not SELECTIONS[rule.split(",")[0]].hard: return soft_mixer(mixer, x, state)
+        found = literal_mask(rule, x, state, grid, prefix, mask)
+        return checks.mixer_reference(mixer, x, state, grid, prefix, found)
+    return run
+
+
+def soft_mixer(mixer, x, state):
+    "Linformer's mixtures as the bank: of pairs, or of depth-wise kernels, whose mean is then that of the mixtures."
+    if mixer not in checks.DEPTHWISE: return ref.attention_mixer(x, state, 2, checks.reference_of(mixer))
+    q, k = ref.heads_of(ref.linear(x, state, "qk"), 2, 2)
+    mean = np.stack([(state["selection.E"][head].T @ k[:, head]).mean(1) for head in range(2)], 1)
+    return ref.linear(ref.tokens_of(q * mean[:, :, None]), state, "proj")
+
+
+@rules
+@mixers
+@pytest.mark.parametrize("prefix", [0, PREFIX])
+@pytest.mark.parametrize("evaluation", checks.EVALUATIONS)
+def test_every_rule_in_every_mixer(rule, mixer, prefix, evaluation):
+    "Outputs and gradients of the input and of every parameter, definition and fast evaluation."
+    hard = rule in HARD
+    module = build(rule, mixer, GRID, prefix, pos="rel" if hard else None, evaluation=evaluation)
+    x = checks.random(2, prefix + math.prod(GRID), 6)
+    checks.check_module(module, literal(rule, mixer, GRID, prefix), x=x)
+
+
+def masks(n):
+    "A causal mask, and one for each of two images in which some positions may use nothing."
+    causal = np.tril(np.ones((n, n), bool))
+    images = np.random.default_rng(3).random((2, 1, n, n)) < .5
+    images[0, :, 2] = False
+    return dict(causal=causal, images=images)
+
+
+@pytest.mark.parametrize("rule", HARD)
+@mixers
+@pytest.mark.parametrize("kind", ["causal", "images"])
+def test_a_mask_of_the_call_comes_first(rule, mixer, kind):
+    "The rule chooses among what the mask allows; positions that may use nothing get zero."
+    mask = masks(PREFIX + math.prod(GRID))[kind]
+    module = build(rule, mixer, GRID, PREFIX, pos="rel")
+    given = module.forward
+    module.forward = (lambda x: given(x, is_causal=True)) if kind == "causal" else lambda x: given(x, mask=torch.from_numpy(mask))
+    checks.check_module(module, literal(rule, mixer, GRID, PREFIX, mask), x=checks.random(2, PREFIX + math.prod(GRID), 6))
+
+
+@pytest.mark.parametrize("rule", HARD)
+def test_additive_masks_are_read_before_the_rule(rule):
+    "Softmax may take an additive mask as a bias; a rule that looks at the answers must not look past it."
+    mask = masks(math.prod(GRID))["images"]
+    module, x = build(rule, "softmax"), torch.from_numpy(checks.random(2, math.prod(GRID), 6))
+    additive = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~torch.from_numpy(mask), -torch.inf)
+    assert_equal(module(x, mask=additive), module(x, mask=torch.from_numpy(mask)))
+
+
+@pytest.mark.parametrize("rule", HARD)
+@pytest.mark.parametrize("mixer", ["ln_relu", "softmax", "depthwise"])
+def test_windows_of_a_batch(rule, mixer):
+    "(windows, n, n) masks, as a shifted Swin block hands them over: windows are the fast axis of the batch."
+    n = math.prod(GRID)
+    mask = torch.from_numpy(np.random.default_rng(5).random((2, n, n)) < .6)
+    module, x = build(rule, mixer, pos="rel"), torch.from_numpy(checks.random(4, n, 6))
+    one_by_one = torch.cat([module(x[i:i + 1], mask=mask[i % 2]) for i in range(4)])
+    assert_equal(module(x, mask=mask), one_by_one)
+
+
+@pytest.mark.parametrize("rule", HARD)
+@pytest.mark.parametrize("mixer", ["softmax", "scaling", "depthwise"])
+def test_live_grids(rule, mixer):
+    "An image of another size, in passing, is judged by its own map."
+    module = build(rule, mixer, GRID, PREFIX)
+    module.live_grid = LIVE
+    checks.check_module(module, literal(rule, mixer, LIVE, PREFIX), x=checks.random(2, PREFIX + math.prod(LIVE), 6))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_moving_to_another_grid_is_what_a_live_grid_shows(rule, mixer):
+    module = build(rule, mixer, GRID, PREFIX)
+    x = torch.from_numpy(checks.random(2, PREFIX + math.prod(LIVE), 6))
+    module.live_grid = LIVE
+    passing = module(x)
+    module.live_grid = None
+    module.set_grid_size(LIVE)
+    torch.testing.assert_close(module(x), passing, rtol=1e-5, atol=1e-6)
+    assert module.selection.grid_size == LIVE
+
+
+def test_projections_are_resized_in_their_own_precision():
+    rule = ProjectedKernels((4, 4), 3).double()
+    with torch.no_grad(): rule.E.copy_(rule.E + 1e6)
+    image = rule.E.transpose(1, 2).unflatten(2, (4, 4))
+    wanted = F.interpolate(image, (6, 5), mode="bicubic", antialias=True).flatten(2).transpose(1, 2) * 16 / 30
+    assert_equal(rule.resized(rule.E, (6, 5)), wanted)
+
+
+@rules
+@mixers
+def test_no_images(rule, mixer):
+    module = build(rule, mixer, pos="rel" if rule in HARD else None)
+    x = torch.zeros(0, math.prod(GRID), 6, dtype=torch.float64, requires_grad=True)
+    y = module(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+
+
+@rules
+@mixers
+def test_meta_device(rule, mixer):
+    "Shapes without numbers: how counters and planners look at a model."
+    module = build(rule, mixer).to("meta")
+    assert module(torch.empty(3, math.prod(GRID), 6, dtype=torch.float64, device="meta")).shape == (3, math.prod(GRID), 6)
+
+
+@rules
+@mixers
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_rules_in_half_precision(rule, mixer, dtype):
+    "Half precision with the kernels that half precision selects: close to the same selection in float64."
+    module = build(rule, mixer).to(dtype)
+    x = torch.from_numpy(checks.random(2, math.prod(GRID), 6)).to(dtype)
+    chosen = []
+    module.selection.register_forward_hook(lambda m, args, found: chosen.append(found[2]))
+    y = module(x)
+    exact = copy.deepcopy(module).double()
+    if rule in HARD:
+        exact.selection = None
+        wanted = exact(x.double(), mask=chosen[0])
+    else: wanted = exact(x.double())
+    assert torch.isfinite(y).all()
+    assert (y.double() - wanted).norm() < .05 * wanted.norm()
+
+
+@rules
+@mixers
+def test_traced_and_exported(rule, mixer):
+    "A graph with any number of images."
+    module = build(rule, mixer, GRID, PREFIX, pos="rel" if rule in HARD else None).float()
+    x, other = [torch.from_numpy(checks.random(b, PREFIX + math.prod(GRID), 6)).float() for b in (2, 5)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(module, x)
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64)},)).module()
+    for graph in traced, exported: torch.testing.assert_close(graph(other), module(other), rtol=1e-4, atol=1e-5)
+
+
+@rules
+@mixers
+def test_rules_by_finite_differences(rule, mixer):
+    module = build(rule, mixer, pos="rel" if rule in HARD else None)
+    assert torch.autograd.gradcheck(module, torch.from_numpy(checks.random(1, math.prod(GRID), 6)).requires_grad_(), fast_mode=True)
+
+
+@rules
+def test_copies_and_state_dicts_of_rules(rule):
+    module, x = build(rule, "softmax"), torch.from_numpy(checks.random(2, math.prod(GRID), 6))
+    other = build(rule, "softmax")
+    other.load_state_dict(module.state_dict())
+    for same in other, copy.deepcopy(module), pickle.loads(pickle.dumps(module)): assert_equal(same(x), module(x))
+    words = repr(module.selection)
+    assert type(module.selection).__name__ in words
+
+
+@given(n=st.integers(1, 12), data=st.data())
+@few
+def test_topk_settles_ties_by_order(n, data):
+    answers = data.draw(st.lists(st.sampled_from([-1., 0., 2.]), min_size=n, max_size=n))
+    allowed = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    k = data.draw(st.integers(1, n))
+    q, keys = torch.ones(1, 1, 1, 1), torch.tensor(answers).reshape(1, 1, n, 1)
+    chosen = TopKernels(k)(q, keys, keys, torch.tensor(allowed)[None])[2][0, 0, 0]
+    order = sorted((j for j in range(n) if allowed[j]), key=lambda j: (-answers[j], j))
+    assert chosen.nonzero().flatten().tolist() == sorted(order[:k])
+
+
+@few
+@given(size=st.tuples(st.integers(1, 9), st.integers(1, 9)), data=st.data())
+def test_neighborhoods_have_k_squared_kernels(size, data):
+    k = data.draw(st.sampled_from([k for k in (1, 3, 5, 7, 9) if k <= min(size)]))
+    mask = NeighborhoodKernels(k, size).mask(*size)
+    assert (mask.sum(1) == k * k).all() and mask.diagonal().all()
+    assert all(mask[i, j] == in_neighborhood(i, j, size, k) for i in range(len(mask)) for j in range(len(mask)))
+
+
+def test_small_maps_have_one_window():
+    "timm's rule: a window covers a map that is smaller, and is not shifted."
+    rule, q = WindowKernels(7, 3, (5, 6)), normal(1, 1, 30, 2)
+    assert rule(q, q, q)[2].all()
+    assert (WindowKernels(4, 2, (5, 6))(q, q, q)[2] == torch.from_numpy(in_window((5, 6), 4, 2))).all()
+
+
+def test_an_object_without_a_map_takes_the_mixers():
+    by_name = DynamicConvAttention(6, 2, grid_size=GRID, num_prefix_tokens=1, selection="window", selection_options=dict(window_size=2))
+    by_object = DynamicConvAttention(6, 2, grid_size=GRID, num_prefix_tokens=1, selection=WindowKernels(2))
+    by_object.load_state_dict(by_name.state_dict())
+    x = torch.randn(2, 21, 6)
+    assert_equal(by_object(x), by_name(x))
+
+
+def test_new_rules_register_once():
+    from vitdynconv.layers.selection import Selection, register_selection
+    @register_selection("diagonal")
+    class Diagonal(Selection):
+        def mask(self, h, w, device=None): return torch.eye(h * w, dtype=torch.bool, device=device)
+    try:
+        register_selection("diagonal")(Diagonal)   # a cell that is run twice
+        with pytest.raises(ValueError, match="belongs to"): register_selection("diagonal")(TopKernels)
+        attn, x = DynamicConvAttention(6, 2, grid_size=GRID, selection="diagonal").double(), normal(2, 20, 6)
+        assert_equal(attn(x), attn.proj(attn.qkv(x)[..., 12:]))
+    finally: SELECTIONS.pop("diagonal")
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda: create_selection("neighbourhood", 8), "did you mean 'neighborhood'"),
+    (lambda: create_selection("window"), "needs grid_size"),
+    (lambda: create_selection("neighborhood"), "needs grid_size"),
+    (lambda: create_selection("projected"), "needs grid_size"),
+    (lambda: WindowKernels(2)(*[normal(1, 1, 4, 2)] * 3), "needs grid_size"),
+    (lambda: create_selection("window", 8, size=3), "no option 'size'; it has window_size, shift_size"),
+    (lambda: create_selection("all", 8, size=3), "it has none"),
+    (lambda: create_selection("neighborhood", 8, kernel_size=4), "odd number from 1 to 7"),
+    (lambda: create_selection("neighborhood", (9, 5), kernel_size=7), "odd number from 1 to 5"),
+    (lambda: create_selection("neighborhood", 8, kernel_size=-3), "odd number"),
+    (lambda: create_selection("neighborhood", 8, kernel_size=3.0), "odd number"),
+    (lambda: create_selection("neighborhood", 8, kernel_size=5).set_grid_size(4), "odd number from 1 to 3"),
+    (lambda: create_selection("topk", 4, k=17), "choose 1 to 16"),
+    (lambda: create_selection("topk", 4, k=16).set_grid_size(3), "choose 1 to 9"),
+    (lambda: create_selection("topk", 4, k=0), "k=0"),
+    (lambda: create_selection("topk", 4, k=2.5), "k=2.5"),
+    (lambda: create_selection("topk", 4, k=True), "k=True"),
+    (lambda: create_selection("topk", 4, k=math.nan), "k=nan"),
+    (lambda: create_selection("topk", 4, k=math.inf), "k=inf"),
+    (lambda: create_selection("topk", 4, k="3"), "k='3'"),
+    (lambda: create_selection(TopKernels, 4), "no kernel selection"),
+    (lambda: create_selection(7, 4), "no kernel selection"),
+    (lambda: create_selection(TopKernels(2), 4, k=3), "go with a selection given by name"),
+    (lambda: DynamicConvAttention(6, 2, selection="window"), "needs grid_size"),
+    (lambda: DynamicConvAttention(6, 2, grid_size=4, pos="rel", selection="projected"), "soft selection"),
+    (lambda: build("window", "softmax")(torch.zeros(1, 7, 6, dtype=torch.float64)), "7 kernels do not fill a map of 4 x 5"),
+    (lambda: build("projected", "softmax")(torch.zeros(1, 20, 6, dtype=torch.float64), is_causal=True), "mixes all of them"),
+])
+def test_bad_selections_get_one_line(wrong, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error: wrong()
+    assert "\n" not in str(error.value)

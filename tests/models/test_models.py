@@ -15,11 +15,13 @@ from vitdynconv.layers.dynconv import anneal
 from vitdynconv.models.backbones import find_mixers
 from vitdynconv.models.registry import BASES, create_model, paper_model
 from vitdynconv.models.swin import DynamicConvSwin
+from vitdynconv.models.surgery import convert, to_timm
 from vitdynconv.models.systems import SYSTEMS, exchange
 from vitdynconv.models.vit import DynamicConvViT
 
 VIT = dict(embed_dim=24, depth=3, num_heads=3, img_size=32, patch_size=8, num_classes=5)
 SWIN = dict(embed_dim=12, depths=(1, 2), num_heads=(2, 3), img_size=56, num_classes=5, drop_path_rate=0.)
+CONVNEXT = dict(dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), img_size=64, num_classes=5)
 DEIT, SWIN_T = 'deit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'
 ZOO = {'deit softmax': partial(create_model, DEIT, **VIT), 'deit scaling rel': partial(create_model, DEIT, 'scaling', pos='rel', **VIT),
        'deit ln_relu rel, no token': partial(create_model, DEIT, 'ln_relu', pos='rel', class_token=False, **VIT), 'deit sparsemax rel': partial(create_model, DEIT, 'sparsemax', pos='rel', **VIT),
@@ -27,6 +29,9 @@ ZOO = {'deit softmax': partial(create_model, DEIT, **VIT), 'deit scaling rel': p
        'swin softmax': partial(create_model, SWIN_T, **SWIN), 'swin scaling_relu abs': partial(create_model, SWIN_T, 'scaling_relu', pos='abs', **SWIN), 'swin ln': partial(create_model, SWIN_T, 'ln', **SWIN),
        'swin depthwise': partial(create_model, SWIN_T, kernel='depthwise', pos_per='channel', **SWIN)}
 ZOO |= {f'{s} deit': partial(create_model, f'{s}_{DEIT}', **VIT) for s in SYSTEMS} | {f'{s} swin': partial(create_model, f'{s}_{SWIN_T}', **SWIN) for s in SYSTEMS}
+ZOO |= {'convnext scaling rel': partial(create_model, 'convnext_atto', 'scaling', pos='rel', selection='all', **CONVNEXT), 'convnext ln_relu': partial(create_model, 'convnext_atto', 'ln_relu', selection='all', **CONVNEXT),
+        'convnext depthwise': partial(create_model, 'convnext_atto', kernel='depthwise', pos='rel', pos_per='channel', **CONVNEXT)}
+ZOO |= {f'{s} convnext': partial(create_model, f'{s}_convnext_atto', **CONVNEXT) for s in SYSTEMS}
 everywhere = pytest.mark.parametrize('make', ZOO.values(), ids=ZOO)
 pick = lambda *names: pytest.mark.parametrize('make', [ZOO[n] for n in names], ids=names)
 
@@ -36,7 +41,10 @@ def built(make, **kwargs):
     return make(**kwargs).eval()
 
 
-def images(model, b=2): return torch.randn(b, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(b))
+def size_of(model): return model.patch_embed.img_size if hasattr(model, 'patch_embed') else model.img_size
+
+
+def images(model, b=2): return torch.randn(b, 3, *size_of(model), generator=torch.Generator().manual_seed(b))
 
 
 # Names
@@ -172,7 +180,7 @@ def test_half_precision(make, dtype):
 @everywhere
 def test_another_input_size(make):
     model = built(make)
-    h, w = model.patch_embed.img_size
+    h, w = size_of(model)
     model.set_input_size((h * 3 // 2, w * 2))
     x = images(model)
     model(x).square().sum().backward()
@@ -181,15 +189,17 @@ def test_another_input_size(make):
 
 @everywhere
 def test_images_of_any_size(make):
-    fixed, model = built(make), built(make, dynamic_img_size=True)
-    h, w = fixed.patch_embed.img_size
+    fixed = built(make)
+    takes_any = hasattr(fixed, 'stages')                            # a ConvNeXt does without being asked
+    model = built(make) if takes_any else built(make, dynamic_img_size=True)
+    h, w = size_of(fixed)
     model.load_state_dict(fixed.state_dict())
     x, other = images(fixed), torch.randn(1, 3, h * 3 // 2, w * 2)
     assert_equal(model(x), fixed(x), tol=1e-5)
     moved = copy.deepcopy(fixed)
     moved.set_input_size((h * 3 // 2, w * 2))
     assert torch.isfinite(model(other)).all()
-    if isinstance(model, DynamicConvViT): assert_equal(model(other), moved(other), tol=1e-5)
+    if takes_any or isinstance(model, DynamicConvViT): assert_equal(model(other), moved(other), tol=1e-5)
     assert_equal(model(x), fixed(x), tol=1e-5)                     # nothing of the other size stays
 
 
@@ -208,7 +218,7 @@ def test_compiles_in_one_graph(make):
     assert_equal(torch.compile(model, backend='eager', fullgraph=True)(images(model)), model(images(model)), tol=1e-5)
 
 
-@pick('deit ln_relu rel, no token', 'swin softmax', 'swin depthwise', 'linformer deit', 'dconv swin')
+@pick('deit ln_relu rel, no token', 'swin softmax', 'swin depthwise', 'linformer deit', 'dconv swin', 'convnext scaling rel')
 def test_exports_with_a_free_batch_size(make):
     model = built(make)
     program = torch.export.export(model, (images(model),), dynamic_shapes=({0: torch.export.Dim('batch')},))
@@ -266,3 +276,83 @@ def test_publishing_and_fetching_as_timm_does(tmp_path):
     model = built(ZOO['deit ln_relu rel, no token'])
     timm.models.save_for_hf(model, tmp_path/'model')
     assert_equal(timm.create_model(f'local-dir:{tmp_path/"model"}', pretrained=True).eval()(images(model)), model(images(model)), tol=0.)
+
+
+# From a ConvNet
+
+def test_static_kernels_are_kept_where_they_can_be():
+    torch.manual_seed(0)
+    base = timm.create_model('convnext_atto', dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_classes=5, ls_init_value=.5).double().eval()
+    base.img_size = 64, 64
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for new in exchange(base, 'dconv'), exchange(base, 'ddwconv'), exchange(base, 'ddwconv', per='image'), convert(base, kernel='depthwise', pos='rel', pos_per='channel'):
+        assert_equal(new(x), base(x))
+        assert not [w for w in new.conversion.weights if w.fate == 'dropped']
+        with pytest.raises(ValueError, match='static kernel'): to_timm(new)
+    other = exchange(base, 'dconv', kernel_size=3)
+    assert other.stages[0].blocks[0].conv_dw.weight.shape == (4, 8, 8, 3, 3) and len(other.conversion.dropped) == 10
+
+
+def test_a_convnext_has_no_place_for_an_embedding_or_a_token():
+    for wrong, reason in (dict(pos='abs'), "'rel', 'none'"), (dict(class_token=True), 'class token'), (dict(pos='relative'), "'rel'"):
+        with pytest.raises(ValueError, match=reason): create_model('convnext_atto', **wrong, **CONVNEXT)
+    assert create_model('convnext_atto', **CONVNEXT).conversion.new
+
+
+def test_settings_that_no_mixer_takes_are_refused():
+    for wrong, name in (dict(kernel_size=0), 'kernel_size'), (dict(selection='nearest'), 'nearest'):
+        with pytest.raises(ValueError, match=name): create_model(DEIT, **wrong, **VIT)
+
+
+# Other tools
+
+def test_graphs_are_traced_as_timms():
+    from timm.models import create_feature_extractor
+    for name in 'deit ln_relu rel, no token', 'swin scaling_relu abs', 'swin depthwise', 'dconv deit', 'linformer swin', 'convnext ln_relu':
+        model = built(ZOO[name])
+        node = 'stages.3' if 'convnext' in name else 'layers.1' if 'swin' in name else 'blocks.2'
+        traced = create_feature_extractor(model, [node])
+        found, = traced(images(model)).values()
+        assert_equal(found.sum(), model.forward_intermediates(images(model), intermediates_only=True, norm=False)[-1].sum(), tol=1e-3)
+
+
+@pytest.mark.parametrize('name, sizes', [(DEIT, VIT), (SWIN_T, SWIN)], ids=['deit', 'swin'])
+def test_other_counters_see_what_they_see_of_timms(name, sizes):
+    from fvcore.nn import FlopCountAnalysis
+    from torch.utils.flop_counter import FlopCounterMode
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, **sizes).eval()
+    ours = convert(theirs)
+    x = images(theirs)
+    def flops(model):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter: model(x)
+        return counter.get_total_flops()
+    def linear(model):
+        seen = []
+        hooks = [m.register_forward_hook(lambda m, args, out: seen.append(out.numel() * m.in_features)) for m in model.modules() if type(m) is torch.nn.Linear]
+        model(x)
+        for hook in hooks: hook.remove()
+        return len(seen), sum(seen)
+    def quantised(model):
+        packed = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+        return sum(type(m) is torch.ao.nn.quantized.dynamic.Linear for m in packed.modules())
+    def counted(model): return FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none').by_operator()['linear']
+    for tool in flops, linear, counted: assert tool(ours) == tool(theirs), tool.__name__
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert quantised(ours) == quantised(theirs) == linear(theirs)[0]
+
+
+@everywhere
+def test_empty_batches(make):
+    model = built(make)
+    assert model(images(model)[:0]).shape == (0, 5)
+
+
+@pick('deit ln_relu rel, no token', 'swin scaling_relu abs', 'dconv deit', 'ddwconv swin', 'linformer deit')
+def test_traces_for_any_batch(make):
+    model = built(make)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        traced = torch.jit.trace(model, images(model), check_trace=False)
+    assert_equal(traced(images(model, 3)), model(images(model, 3)), tol=1e-5)

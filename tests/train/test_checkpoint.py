@@ -113,3 +113,27 @@ def test_the_groups_of_a_resumed_optimizer_are_those_of_the_run(tmp_path):
     assert here == there
     again.freeze()
     assert {n for n, p in again.model.named_parameters() if p.requires_grad} == {'head.weight', 'head.bias'}
+
+
+HARD = dict(batch_size=128, epochs=2, warmup_epochs=0.5, mixup=0.8, cutmix=1.0, ema=True, ema_decay=0.9, grad_accum=2)
+
+
+def test_a_restored_learner_ends_with_the_same_bits(tmp_path):
+    "Weights, averages, moments and random numbers: with drop path and mixing, nothing may be missing."
+    from test_learner import small_vit
+    def learner(folder, *cbs): return digits_learner([Checkpoints(folder), *cbs], model=small_vit(drop_path_rate=0.3, proj_drop_rate=0.1), **HARD)
+    whole = learner(tmp_path/'whole')
+    (tmp_path/'whole').mkdir()
+    (tmp_path/'cut').mkdir()
+    whole.fit()
+    with pytest.raises(KeyboardInterrupt): learner(tmp_path/'cut', Stop()).fit()
+    resumed = learner(tmp_path/'cut')
+    torch.randn(1)
+    resumed.fit(start_epoch=restore(resumed, load_checkpoint(tmp_path/'cut/last.ckpt')))
+    a, b = load_checkpoint(tmp_path/'whole/last.ckpt'), load_checkpoint(tmp_path/'cut/last.ckpt')
+    for part in ('model', 'ema'):
+        assert all(torch.equal(a[part][name], b[part][name]) for name in a[part]), part
+    for key, moments in a['optimizer']['state'].items():
+        assert all(torch.equal(moments[name], b['optimizer']['state'][key][name]) for name in moments)
+    strip = lambda rows: [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+    assert strip(a['history']) == strip(b['history'])

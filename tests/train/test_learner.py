@@ -669,3 +669,57 @@ def test_averaged_weights_follow_the_recurrence(decay):
     average = learn.weights.seen[0]
     for weight in learn.weights.seen[1:]: average = decay * average + (1 - decay) * weight
     assert_equal(learn.weight_average.average.module.head.weight, average, 1e-5)
+
+
+def test_the_warm_up_is_a_line_from_the_first_rate_to_the_highest():
+    learn = digits_learner(epochs=2, warmup_epochs=1., lr=1e-2, warmup_lr=2e-3, min_lr=1e-3)
+    rates = Rates()
+    learn.fit(cbs=rates)
+    n = len(learn.dls.train)
+    assert [step['head.weight'] for step in rates.seen[:n + 1]] == pytest.approx([2e-3 + 8e-3 * i / n for i in range(n + 1)], rel=1e-5)
+
+
+def test_loaders_are_told_the_epoch():
+    learn = digits_learner(epochs=3)
+    class Told(Callback):
+        order = 99
+        def before_fit(self): self.seen = []
+        def before_train(self): self.seen.append(self.dls.train.epoch)
+    learn.add_cb(Told())
+    for _ in range(2): learn.fit()                  # the loader itself would go on counting
+    assert learn.told.seen == [0, 1, 2]
+
+
+def test_the_rate_moves_only_where_a_step_begins():
+    class EachBatch(Callback):
+        order, run_valid = 90, False
+        def before_fit(self): self.seen = []
+        def before_backward(self): self.seen.append(self.opt.opt.param_groups[-1]['lr'])
+    learn = digits_learner(EachBatch(), batch_size=128, grad_accum=4, warmup_epochs=0.)
+    learn.fit(1)
+    seen = learn.each_batch.seen
+    n = len(seen)
+    expected = [1e-5 + (learn.lr - 1e-5) * (1 + math.cos(math.pi * (i - i % 4) / n)) / 2 for i in range(n)]
+    assert seen == pytest.approx(expected, rel=1e-4)
+
+
+def test_fastais_mixup_gets_smoothed_labels():
+    "Both images of a pair, whichever comes first: the recipe's smoothing runs before fastai's callback."
+    class Rows(Callback):
+        order, run_valid = 50, False
+        def before_batch(self): self.learn.pairs = self.learn.mix_up.yb1[0], self.learn.yb[0]
+    learn = digits_learner([MixUp(), Rows()], label_smoothing=0.1)
+    learn.fit(1)
+    for rows in learn.pairs: assert rows.shape[1] == 10 and float(rows.min()) == pytest.approx(0.01)
+
+
+def test_tokens_and_tables_of_any_model_do_not_decay():
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos_embed, self.cls_token = (torch.nn.Parameter(torch.zeros(1, n, 8)) for n in (4, 1))
+            self.relative_position_bias_table = torch.nn.Parameter(torch.zeros(9, 2))
+            self.head = torch.nn.Linear(8, 2)
+    model = Plain()
+    resting, decaying = by_decay(parameter_groups(model), model)
+    assert decaying == {'head.weight'} and {'pos_embed', 'cls_token', 'relative_position_bias_table', 'head.bias'} == resting

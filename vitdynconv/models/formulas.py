@@ -209,13 +209,15 @@ def einsum_score(
     "What fvcore makes of an einsum: half of what NumPy's report says, and the report prints four digits."
     return math.floor(float(f'{operations:.3e}') / 2)
 
-def deit_corrections(dim: int, kernel: str) -> dict[str, Cost]:
+def deit_corrections(base: str, kernel: str) -> dict[str, Cost]:
     "The paper's DeiT with relative position: B over 196 patches, not 197 tokens, and its product scored by einsum's report."
+    dim = SIZES[base]['embed_dim']
     tokens, patches, depth = 197, 196, 12
     rounding = einsum_score(2 * patches ** 2 * dim) - patches ** 2 * dim
     found = {}
     if kernel == 'depthwise':
-        found['patches only'] = -depth * dim * Cost(tokens ** 2 - patches ** 2, 0, tokens - patches)
+        name = 'patches only' if base == 'deit_s' else 'patches only (fits MActs, not GFLOPs)'
+        found[name] = -depth * dim * Cost(tokens ** 2 - patches ** 2, 0, tokens - patches)
     return found | {'einsum': Cost(depth * rounding)}
 
 # %% ../../nbs/models/12_formulas.ipynb #003d6d68
@@ -237,7 +239,7 @@ def corrections(
 ) -> dict[str, Cost]:                                  # name -> what to add to ours to have what the paper counted
     "Where the paper's program did more or less than our definition."
     if activation == 'softmax' or pos == 'abs': return {}
-    if base.startswith('deit'): return deit_corrections(SIZES[base]['embed_dim'], kernel)
+    if base.startswith('deit'): return deit_corrections(base, kernel)
     return swin_corrections(SIZES[base], kernel, mask_product=base == 'swin_b')
 
 # %% ../../nbs/models/12_formulas.ipynb #93ccd1f9

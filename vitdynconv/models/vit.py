@@ -26,7 +26,7 @@ class DynamicConvViT(Converted, VisionTransformer):
     def _pos_embed(self, x):
         if self.dynamic_img_size: self.set_live_grid(tuple(x.shape[1:3]))   # the patch embedding gives a map then
         if self.pos_embed is not None: return super()._pos_embed(x)
-        if x.ndim == 4: x = x.flatten(1, 2)
+        if self.dynamic_img_size: x = x.flatten(1, 2)
         tokens = [getattr(self, name, None) for name in ('cls_token', 'dist_token', 'reg_token')]
         return torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens if t is not None), x], 1)
 

@@ -105,8 +105,8 @@ INSTALL = {  # module -> what to install, where the names differ
 FULL_DISK = errno.ENOSPC, errno.EDQUOT
 DAMAGED = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError,
            csv_format.Error)
-DEAD_PROCESS = ('DataLoader worker', 'terminated abruptly', 'Connection closed by peer', 'Connection reset by peer',
-                'ncclRemoteError', 'ncclSystemError', 'Timed out waiting')
+DEAD_PROCESS = ('DataLoader worker', 'terminated abruptly', 'Connection closed by peer',
+                'Connection reset by peer', 'ncclRemoteError', 'ncclSystemError', 'Timed out waiting')
 DEAD_PROCESS_CLASSES = 'BrokenProcessPool', 'ProcessExitedException', 'ChildFailedError', 'DistBackendError'
 
 # %% ../../nbs/tools/03_cli.ipynb #cliguar5
@@ -246,7 +246,8 @@ class CommandParser(argparse.ArgumentParser):
             names = {} if option.required else dict(dest=option.name)
             self.add_argument(place, **names, **argument_settings(option))
 
-    def error(self, message: str): exit_with_message(self.prog, f'{message}; {self.prog} --help lists the options')
+    def error(self, message: str):
+        exit_with_message(self.prog, f'{message}; {self.prog} --help lists the options')
 
     def parse(self, words: list[str]) -> dict:
         "The values of a command line, by the name of the parameter."
@@ -286,14 +287,15 @@ def command(
     *,
     more_options: list[Option] = (),    # options that reach the function as keywords (**settings)
     go_on: str = '',                    # how to go on with interrupted work
-) -> Callable:                          # a command when a script calls it without arguments, else the same function
+) -> Callable:                          # a command if a script calls it without arguments, else the function
     "Make a function a console command, also under `python -m`. In both uses the guard stands around it."
     if func is None: return lambda func: command(func, more_options=more_options, go_on=go_on)
 
     @wraps(func)
     def run(*args, **kwargs):
         with exit_on_error(func.__name__, go_on):
-            if args or kwargs or not (runs_as_script(func) or runs_as_module(func)): return func(*args, **kwargs)
+            is_script = runs_as_script(func) or runs_as_module(func)
+            if args or kwargs or not is_script: return func(*args, **kwargs)
             parser = CommandParser(func.__name__, func.__doc__, [*options_of(func), *more_options])
             func(**parser.parse(sys.argv[1:]))
 

@@ -28,7 +28,7 @@ class PrivateName:
 # %% ../../nbs/tools/02_compat.ipynb #compat06
 PRIVATE_NAMES = [
     PrivateName('timm.models.swin_transformer:SwinTransformerBlock._attn', '1.0.31',
-                'the part of a Swin block that cuts windows, shifts and attends: what a mixer over the whole map replaces',
+                'the part of a Swin block that cuts windows and attends: what a mixer over the map replaces',
                 'none: `forward` adds norm, residual and MLP'),
     PrivateName('timm.models.vision_transformer:VisionTransformer._pos_embed', '1.0.31',
                 'adds the absolute position and the class token; does nothing where there is neither',

@@ -18,32 +18,34 @@ from pathlib import Path
 def replacing(
     path: str | Path, # the file to write or replace
 ):                    # context of a binary file that takes the name once everything is on the disk
-    "Write beside `path`, force to the disk, rename. If anything fails, `path` is as it was and nothing is left beside it."
+    "Write next to `path`, force to the disk, rename; if anything fails, `path` is as it was."
     path = Path(path)
-    beside = path.with_name(f'.{path.name}.tmp')
+    unfinished = path.with_name(f'.{path.name}.tmp')
     try:
-        with open(beside, 'wb') as file:
+        with open(unfinished, 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(unfinished, path)
     finally:
-        if beside.parent.is_dir(): beside.unlink(missing_ok=True)
+        if unfinished.parent.is_dir(): unfinished.unlink(missing_ok=True)
 
 # %% ../../nbs/tools/01_files.ipynb #5aae166e
 def rows_as_csv(
-    rows: list[dict], # one dict a row
+    rows: list[dict], # one dict per row
 ) -> bytes:           # UTF-8
     "Rows as CSV with a header."
+    columns = {}
+    for row in rows: columns.update(dict.fromkeys(row))
     text = io.StringIO()
-    writer = csv_format.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval='', lineterminator='\n')
+    writer = csv_format.DictWriter(text, list(columns), restval='', lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
 
 # %% ../../nbs/tools/01_files.ipynb #00fff3f1
 def save_rows(
-    rows: list[dict], # one dict a row
+    rows: list[dict], # one dict per row
     csv: str = '',    # CSV file to replace; '' for none
     json: str = '',   # JSON file to replace; '' for none
 ) -> None:
@@ -51,16 +53,20 @@ def save_rows(
     if csv:
         with replacing(csv) as file: file.write(rows_as_csv(rows))
     if json:
-        with replacing(json) as file: file.write(json_format.dumps(rows, indent=1, default=str).encode() + b'\n')
+        text = json_format.dumps(rows, indent=1, default=str) + '\n'
+        with replacing(json) as file: file.write(text.encode())
 
 # %% ../../nbs/tools/01_files.ipynb #cfdb6d70
 def check_target(
-    path: str,   # file that a command shall write; '' for none
+    path: str,   # file that a command will write; '' for none
     option: str, # what asked for it, such as '--csv'
 ) -> None:       # nothing: raises ValueError
-    "Refuse a file that cannot be written, before the work whose result it shall hold."
+    "Refuse a file that cannot be written."
     if not path: return
     target = Path(path).absolute()
+    folder = target.parent
     if target.is_dir(): raise ValueError(f'{option} {path} is a folder; name a file')
-    if not target.parent.is_dir(): raise ValueError(f'{option} {path}: there is no folder {target.parent}; make it or name another file')
-    if not os.access(target.parent, os.W_OK): raise ValueError(f'{option} {path}: no permission to write in {target.parent}; name a file elsewhere')
+    if not folder.is_dir():
+        raise ValueError(f'{option} {path}: there is no folder {folder}; make it or name another file')
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f'{option} {path}: no permission to write in {folder}; name a file elsewhere')

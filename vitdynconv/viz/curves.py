@@ -85,8 +85,8 @@ def draw_curves(
         ax.set_xlabel('epoch')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     for ax in axes[len(panels):]: fig.delaxes(ax)
-    legend = fig.legend(known.values(), known, loc='outside lower center', ncols=legend_columns, frameon=False,
-                        fontsize=10, labelcolor=INK, handlelength=3.2, title=note)
+    legend = fig.legend(known.values(), known, loc='outside lower center', ncols=legend_columns,
+                        frameon=False, fontsize=10, labelcolor=INK, handlelength=3.2, title=note)
     legend.get_title().set(color=INK, fontsize=10)
     return fig
 
@@ -98,7 +98,8 @@ def read_history(
     if not isinstance(run, (str, Path)): return run
     rows = []
     with open(run, newline='') as file:
-        for row in csv.DictReader(file): rows.append({name: float(v) if v else None for name, v in row.items()})
+        for row in csv.DictReader(file):
+            rows.append({name: float(text) if text else None for name, text in row.items()})
     return rows
 
 def history_line(
@@ -118,11 +119,13 @@ def draw_convergence(
     "Figures 4 and 6 from our own runs. ValueError where no history has any of the columns."
     histories, names = {}, set()
     for label, several in runs.items():
-        histories[label] = [read_history(run) for run in (several if isinstance(several, tuple) else (several,))]
+        several = several if isinstance(several, tuple) else (several,)
+        histories[label] = [read_history(run) for run in several]
         for history in histories[label]: names.update(*history)
     panels = {}
     for column in columns:
         if column not in names: continue
-        panels[column.replace('_', ' ')] = {label: history_line(rows, column) for label, rows in histories.items()}
+        lines = {label: history_line(rows, column) for label, rows in histories.items()}
+        panels[column.replace('_', ' ')] = lines
     if not panels: raise ValueError(f'no history has a column among {columns}; choose from {sorted(names)}')
     return draw_curves(panels, note)

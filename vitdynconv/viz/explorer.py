@@ -28,7 +28,8 @@ def check_position(
     "Refuse a position or a head that is not there."
     (h, w), (row, column) = grid, position
     if not (0 <= row < h and 0 <= column < w):
-        raise ValueError(f'position {position} is off the grid; choose rows 0 to {h - 1} and columns 0 to {w - 1}')
+        raise ValueError(f'position {position} is off the grid; '
+                         f'choose rows 0 to {h - 1} and columns 0 to {w - 1}')
     if not 0 <= head < heads: raise ValueError(f'there is no head {head}; choose 0 to {heads - 1}')
 
 # %% ../../nbs/viz/05_explorer.ipynb #d6b52373
@@ -40,7 +41,7 @@ def draw_choices(
     position: tuple[int, int], # (row, column)
     head: int = 0,
     strongest: int = 8,        # how many kernels to mark on the photograph
-) -> Sheet:                    # pictures 'photo', 'logits', and 'NAME weights' and 'NAME output' for each activation
+) -> Sheet:                    # pictures 'photo', 'logits', and for each activation its weights and output
     "The kernels of one position, their weights under each activation, and the outputs."
     check_position(position, head, grid, len(logits))
     h, w = grid
@@ -54,25 +55,28 @@ def draw_choices(
     for j in answers.topk(strongest).indices.tolist():
         mark(ax, (j // w + .5) * cell - .5, (j % w + .5) * cell - .5, cell / 2, cell / 2)
     mark_patch(ax, row, column, cell)
-    mark(place(sheet, 'logits', answers.unflatten(0, grid), .1 + pitch, .3, wide, high, 'all answers'), row, column)
+    ax = place(sheet, 'logits', answers.unflatten(0, grid), .1 + pitch, .3, wide, high, 'all answers')
+    mark(ax, row, column)
     for number, (name, result) in enumerate(results.items()):
         x, y = .1 + number % 3 * pitch, high + .75 + number // 3 * block
         weights = result.weights[head, i].unflatten(0, grid)
         mark(place(sheet, f'{name} weights', weights, x, y, wide, high, name), row, column)
-        mark_patch(place(sheet, f'{name} output', result.output.clip(0, 1), x, y + high + .06, wide, high), row, column, cell)
+        ax = place(sheet, f'{name} output', result.output.clip(0, 1), x, y + high + .06, wide, high)
+        mark_patch(ax, row, column, cell)
     return sheet
 
 # %% ../../nbs/viz/05_explorer.ipynb #34efcd29
 def explore(
     photo: Tensor | None = None, # (1, 3, H, W); the flower if None
     **mixer,                     # options of PhotoMixer
-):                               # an ipywidgets.interactive: sliders for row, column and head above the picture
-    "Pick a position of a photograph and see its kernels, their weights and the outputs. ImportError, with the cure, without ipywidgets."
+):                               # an ipywidgets.interactive: three sliders above the picture
+    "Pick a position of a photograph and see its kernels, their weights and the outputs; needs ipywidgets."
     try:
         import ipywidgets
         from IPython.display import display
     except ImportError:
-        raise ImportError('explore() needs ipywidgets, which notebooks use for sliders: pip install ipywidgets') from None
+        message = 'explore() needs ipywidgets, which notebooks use for sliders: pip install ipywidgets'
+        raise ImportError(message) from None
     photo = photograph() if photo is None else photo
     mixer = PhotoMixer(photo, **mixer)
     h, w = mixer.grid
@@ -85,7 +89,8 @@ def explore(
 
     def slider(value, count): return ipywidgets.IntSlider(value, 0, count - 1, continuous_update=False)
 
-    return ipywidgets.interactive(draw, row=slider(h // 2, h), column=slider(w // 2, w), head=slider(0, len(logits)))
+    sliders = dict(row=slider(h // 2, h), column=slider(w // 2, w), head=slider(0, len(logits)))
+    return ipywidgets.interactive(draw, **sliders)
 
 # %% ../../nbs/viz/05_explorer.ipynb #6333db52
 def pack(
@@ -113,13 +118,17 @@ def network_data(
     for name in 'query', 'key', 'value', 'out':
         weight = getattr(block, name).weight[:, :, 0, 0]
         if not torch.equal(weight, weight.diagonal().diag()):
-            raise ValueError(f'the {name} convolution mixes channels; the page runs diagonal ones, as PhotoMixer makes them')
+            raise ValueError(f'the {name} convolution mixes channels; '
+                             'the page runs diagonal ones, as PhotoMixer makes them')
         tensors[name] = weight.diagonal().clone()
     factors = {}
-    for name in TABLE2: factors[name] = (mixer.set_activation(name).block.out.weight[0, 0] / tensors['out'][0]).item()
+    for name in TABLE2:
+        fitted = mixer.set_activation(name).block.out.weight[0, 0]
+        factors[name] = (fitted / tensors['out'][0]).item()
     mixer.set_activation(before)
     colours = (SCALE(np.linspace(0, 1, 64))[:, :3] * 255).round().astype(int).tolist()
-    data = dict(grid=mixer.grid, patch=mixer.patch_size, dim=len(mixer.basis), heads=block.num_heads, fit=factors, ramp=colours)
+    data = dict(grid=mixer.grid, patch=mixer.patch_size, dim=len(mixer.basis), heads=block.num_heads,
+                fit=factors, ramp=colours)
     for name, tensor in tensors.items(): data[name] = pack(tensor)
     return data
 
@@ -173,7 +182,8 @@ class Network {
     for (let i = 0; i < n; i++) for (let head = 0; head < this.heads; head++) {
       const a = this.weights(name, i, head)
       for (let j = 0; j < n; j++)
-        for (let c = head * d; c < head * d + d; c++) y[i * dim + c] += a[j] * v[j * dim + c] * out[c] * fit[name]
+        for (let c = head * d; c < head * d + d; c++)
+          y[i * dim + c] += a[j] * v[j * dim + c] * out[c] * fit[name]
     }
     return y
   }
@@ -211,7 +221,8 @@ function explore(root, net, [row, column]) {
     for (let i = 0; i < c.width * c.height; i++) image.data.set([...pixel(i), 255], 4 * i)
     c.getContext('2d').putImageData(image, 0, 0)
   }
-  const photograph = (c, pixels) => draw(c, i => [0, 1, 2].map(colour => 255 * pixels[colour * n * p * p + i]))
+  const size = n * p * p
+  const photograph = (c, pixels) => draw(c, i => [0, 1, 2].map(colour => 255 * pixels[colour * size + i]))
   const patchOf = i => Math.floor(i / (w * p * p)) * w + Math.floor(i % (w * p) / p)
   const tensor = (c, values) => {
     const top = values.reduce((t, v) => Math.max(t, Math.abs(v)), 0) || 1
@@ -227,7 +238,8 @@ function explore(root, net, [row, column]) {
   }
   const positionOf = (c, e) => {  // of a pointer on a canvas
     const box = c.getBoundingClientRect()
-    return [Math.floor((e.clientY - box.top) / box.height * h), Math.floor((e.clientX - box.left) / box.width * w)]
+    const x = (e.clientX - box.left) / box.width, y = (e.clientY - box.top) / box.height
+    return [Math.floor(y * h), Math.floor(x * w)]
   }
   root.replaceChildren()
   const input = net.paint(net.x), outputs = {}, grid = 'display:grid;gap:.6em;grid-template-columns:'
@@ -240,7 +252,7 @@ function explore(root, net, [row, column]) {
   const line = element(right, 'p', 'margin:0 0 .5em')
   line.setAttribute('aria-live', 'polite')
   const choose = element(right, 'label', 'display:block;margin:0 0 .5em', 'head ')
-  const colours = 'color:inherit;background:transparent;border:1px solid currentColor;border-radius:4px;font:inherit'
+  const colours = 'color:inherit;background:transparent;border:1px solid currentColor;font:inherit'
   const select = element(choose, 'select', colours)
   const optionColours = 'color:CanvasText;background:Canvas'
   for (let head = 0; head < net.heads; head++) element(select, 'option', optionColours, String(head))
@@ -257,7 +269,8 @@ function explore(root, net, [row, column]) {
 
 # %% ../../nbs/viz/05_explorer.ipynb #85b0cf4d
 CLICKS = '''
-  const rowHint = 'Above, what each kernel weighs at this position (a row of the matrix); point at a map to see where its kernel is used (a column). Below, the outputs.'
+  const rowHint = 'In blue and yellow, the weight of each kernel at this position (a row of the matrix); '
+    + 'point at a map to see where its kernel is used (a column). Below each, the output.'
   const drawCard = (name, values, j, text) => {
     card[name].title.textContent = text
     tensor(card[name].weights, values)
@@ -266,7 +279,8 @@ CLICKS = '''
   const update = () => {
     const i = row * w + column, head = Number(select.value), s = net.answers(i, head)
     const strongest = [...s.keys()].sort((a, b) => s[b] - s[a]).slice(0, 8)
-    line.textContent = `Position: row ${row}, column ${column}. Of ${n} kernels, these answer it most strongly:`
+    line.textContent = `Position: row ${row}, column ${column}. `
+      + `Of ${n} kernels, these answer it most strongly:`
     hint.textContent = rowHint
     photograph(photo, input)
     for (const j of strongest) mark(photo, j, p, .5)
@@ -275,7 +289,8 @@ CLICKS = '''
     for (const j of strongest) {
       const box = element(kernels, 'div', 'font-size:.75em;text-align:center'), patch = canvas(box, p, p)
       const corner = Math.floor(j / w) * p * w * p + j % w * p
-      draw(patch, e => [0, 1, 2].map(c => 255 * input[c * n * p * p + corner + Math.floor(e / p) * w * p + e % p]))
+      const pixel = e => corner + Math.floor(e / p) * w * p + e % p
+      draw(patch, e => [0, 1, 2].map(c => 255 * input[c * size + pixel(e)]))
       element(box, 'div', '', s[j].toFixed(1))
     }
     for (const name in card) {
@@ -289,7 +304,8 @@ CLICKS = '''
     const j = r * w + c, head = Number(select.value)
     if (j == pointed || r < 0 || r >= h || c < 0 || c >= w) return
     pointed = j
-    hint.textContent = `Kernel of row ${r}, column ${c}: the weight that it gets at every position (a column of the matrix).`
+    hint.textContent = `Kernel of row ${r}, column ${c}: `
+      + 'the weight that it gets at every position (a column of the matrix).'
     for (const name in card) drawCard(name, net.channel(name, j, head), j, name)
   }
   const leave = () => { if (pointed >= 0) { pointed = -1; update() } }
@@ -313,7 +329,8 @@ CLICKS = '''
   }
   select.onchange = update
   update()
-  for (const name in card) setTimeout(() => { outputs[name] = net.paint(net.mix(name)); update() })  // when the page has been drawn
+  const addOutput = name => { outputs[name] = net.paint(net.mix(name)); update() }
+  for (const name in card) setTimeout(() => addOutput(name))  // when the page has been drawn
 }'''
 
 # %% ../../nbs/viz/05_explorer.ipynb #1d1c2697
@@ -327,7 +344,7 @@ class Page(str):
     def __repr__(self) -> str: return f'Page of {len(self):,} characters'
 
 def explore_page(
-    photo: Tensor | None = None,             # (1, 3, H, W), sides divisible by 8; the flower at 112 x 168 if None
+    photo: Tensor | None = None,             # (1, 3, H, W), sides divisible by 8; the flower if None
     position: tuple[int, int] | None = None, # (row, column) at the start; the middle if None
     dim: int = 32,                           # components, D
 ) -> Page:                                   # to show in a notebook or to write to a file
@@ -340,8 +357,10 @@ def explore_page(
     still = base64.b64encode(picture).decode()
     data = json.dumps(network_data(mixer), separators=(',', ':'))
     name = 'explore-' + hashlib.sha256(data.encode()).hexdigest()[:8]
-    alt = f'Position {position} of a photograph: its strongest kernels, their weights under six activations, and six outputs'
+    alt = (f'Position {position} of a photograph: its strongest kernels, '
+           'their weights under six activations, and six outputs')
     start = f"explore(document.getElementById('{name}'), net, {list(position)})"
-    return Page(f'<div id="{name}"><img style="max-width:100%" alt="{alt}" src="data:image/png;base64,{still}"></div>\n'
+    image = f'<img style="max-width:100%" alt="{alt}" src="data:image/png;base64,{still}">'
+    return Page(f'<div id="{name}">{image}</div>\n'
                 f'<script>(() => {{{NETWORK}{CANVASES}{CLICKS}\nconst data = {data}\n'
                 f'const net = Object.assign(new Network(data), {{ramp: data.ramp}})\n{start}\n}})()</script>')

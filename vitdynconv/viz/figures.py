@@ -109,7 +109,8 @@ def draw_block(
         for column, (name, t, title) in enumerate(row):
             left, top = .1 + column * COLUMN, middle - high / 2
             if column or not photos: stack(sheet, name, t, left, top, width, title)
-    for middle, name, title, photo in zip(rows, ('photo', 'painted'), ('photograph', 'what comes out'), photos):
+    ends = ('photo', 'photograph'), ('painted', 'what comes out')
+    for middle, (name, title), photo in zip(rows, ends, photos):
         place(sheet, name, photo[0].permute(1, 2, 0), .1, middle - high / 2, width, high, title)
     draw_layers(sheet, upper, lower, high, activation_name(block.activation))
     draw_banks(sheet, dict(keys=s.k[head], values=s.v[head]), upper, lower, high)
@@ -155,7 +156,7 @@ def draw_pair(
     grid: tuple[int, int],                   # (h, w), n = h*w
     position: tuple[int, int],               # (row, column)
     activation: str | nn.Module = 'softmax', # between the two kernels
-) -> Sheet:                                  # pictures 'queries', 'query', 'keys', 'logits', 'weights', 'values', 'output'
+) -> Sheet:                                  # pictures 'queries', 'query', 'keys', 'logits', ...
     "Figure 2: the pair of dynamic kernels at work at one position."
     h, w = grid
     n, d = k.shape
@@ -176,14 +177,17 @@ def draw_pair(
         title = f'{n} products' if name == 'logits' else f'{n} weights'
         ax = place(sheet, name, values.unflatten(0, grid), 5.2, y, width, high, title)
         mark(ax, best // w, best % w)
-    middle = .47
-    for points in [((1.53, upper + middle), (1.69, upper + middle)), ((4.6, upper + middle), (5.15, upper + middle)),
-                   ((5.2 + width / 2, upper + high + .05), (5.2 + width / 2, lower - .3)),
-                   ((2.2, lower + middle), (1.93, lower + middle))]: draw_arrow(sheet, *points)
+    middle, x = .47, 5.2 + width / 2
+    for start, end in (1.53, 1.69), (4.6, 5.15):
+        draw_arrow(sheet, (start, upper + middle), (end, upper + middle))
+    draw_arrow(sheet, (x, upper + high + .05), (x, lower - .3))
+    draw_arrow(sheet, (2.2, lower + middle), (1.93, lower + middle))
     sheet.words(2.1, upper + middle, r'$\cdot$', fontsize=16)
     sheet.words(4.85, lower + middle, r'$\times$', fontsize=14)
-    draw_box(sheet, 5.2 + width / 2, (upper + high + lower - .25) / 2, activation_name(activation), 'activation')
-    term = rf'$q_i\cdot k_{{{best}}}$ = {logits[best]:.2f}, weight {weights[best]:.3f}, adds {weights[best]:.3f} $v_{{{best}}}$ to $y_i$'
+    draw_box(sheet, x, (upper + high + lower - .25) / 2, activation_name(activation), 'activation')
+    weight = f'{weights[best]:.3f}'
+    product = rf'$q_i\cdot k_{{{best}}}$ = {logits[best]:.2f}'
+    term = rf'{product}, weight {weight}, adds {weight} $v_{{{best}}}$ to $y_i$'
     sheet.words(3.3, sheet.get_figheight() - .2, f'marked, kernel {best}:  {term}')
     return sheet
 
@@ -253,7 +257,8 @@ def draw_channels(
     label = dict(fc='white', ec='black', lw=.8, pad=1.5)
     for (name, (row, column)), (x, y) in zip(kernels.items(), places[1:]):
         mark_patch(ax, row, column, cell)
-        ax.annotate(name, ((column + 1.3) * cell, (row + .5) * cell), va='center', fontsize=9, color='black', bbox=label)
+        beside = (column + 1.3) * cell, (row + .5) * cell
+        ax.annotate(name, beside, va='center', fontsize=9, color='black', bbox=label)
         channel = weights[:, row * w + column].unflatten(0, grid)
         mark(place(sheet, name, channel, x, y, PANEL, high, f'answers of “{name}”'), row, column)
     return sheet

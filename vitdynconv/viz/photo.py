@@ -24,7 +24,8 @@ def photograph(
     size: tuple = (224, 336), # height and width in pixels
 ) -> Tensor:                  # (1, 3, height, width), 0 to 1
     "A photograph to draw on. Raises ValueError for a name that scikit-learn does not have."
-    if name not in PHOTOGRAPHS: raise ValueError(f'there is no photograph {name!r}; choose from {", ".join(PHOTOGRAPHS)}')
+    if name not in PHOTOGRAPHS:
+        raise ValueError(f'there is no photograph {name!r}; choose from {", ".join(PHOTOGRAPHS)}')
     pixels = torch.tensor(load_sample_image(name)[:416] / 255, dtype=torch.float32)
     return F.interpolate(pixels.permute(2, 0, 1)[None], size, mode='area')
 
@@ -45,7 +46,7 @@ def patch_components(
 
 # %% ../../nbs/viz/02_photo.ipynb #phot0012
 class PhotoMixer(nn.Module):
-    "A photograph as a network: its components as static convolutions, self-attention between its patches (Figure 1)."
+    "A photograph as a network: its components as static convolutions, attention between patches (Figure 1)."
     def __init__(self,
         photo: Tensor,              # (1, 3, H, W)
         patch_size: int = 8,        # pixels p; divides H and W
@@ -126,7 +127,8 @@ def steps(
 ) -> Steps:                  # every tensor between its layers
     "The five layers of Figure 1, one by one (section 3.2)."
     _, c, h, w = x.shape
-    q, k, v = (conv(x).reshape(block.num_heads, -1, h * w).mT for conv in (block.query, block.key, block.value))
+    maps = block.query(x), block.key(x), block.value(x)
+    q, k, v = (t.reshape(block.num_heads, -1, h * w).mT for t in maps)
     logits = q @ k.mT
     weights = activation_weights(block.activation, logits, q.shape[-1])
     y = weights @ v

@@ -16,7 +16,7 @@ from .theme import Sheet, place, shown
 
 # %% ../../nbs/viz/04_systems.ipynb #syst0007
 class SystemView(NamedTuple):
-    "One system in the four dimensions of section 3.3: a picture and a word for each; None where there is nothing."
+    "One system in the four dimensions of section 3.3: a picture (None if there is none) and a word for each."
     name: str
     bank: Tensor | None      # (rows, columns) the kernels there are, one per column
     bank_is: str
@@ -132,7 +132,7 @@ QUESTIONS = {  # dimension -> the question that its row answers
 def draw_systems(
     views: list[SystemView], # the systems, one per column
 ) -> Sheet:                  # pictures 'NAME bank', 'NAME selection', 'NAME kernels', 'NAME size'
-    "Figure 3: kernel bank, kernel selection, kernel type and kernel size, next to each other (section 3.3, Table 1)."
+    "Figure 3: kernel bank, kernel selection, kernel type and kernel size (section 3.3, Table 1)."
     pitch, width, height, row = 1.3, 1.15, .7, 1.1
     sheet = Sheet(1.3 + pitch * len(views), .4 + row * len(QUESTIONS))
     for j, question in enumerate(QUESTIONS.values()):
@@ -149,5 +149,6 @@ def draw_systems(
             if picture is None: continue
             wide = min(width, height * picture.shape[1] / 7) if what == 'size' else width
             high = wide * picture.shape[0] / picture.shape[1] if what == 'size' else height
-            place(sheet, f'{view.name} {what}', picture, x + (width - wide) / 2, y + (height - high) / 2, wide, high)
+            left, top = x + (width - wide) / 2, y + (height - high) / 2
+            place(sheet, f'{view.name} {what}', picture, left, top, wide, high)
     return sheet

@@ -86,7 +86,8 @@ def draw_box(
     "A layer, in the fill of its kind."
     corner = x - width / 2, y - height / 2
     style = 'round,pad=0,rounding_size=.08'
-    sheet.base.add_patch(FancyBboxPatch(corner, width, height, style, fc=FILL[kind], ec=INK, lw=.8, zorder=5))
+    box = FancyBboxPatch(corner, width, height, style, fc=FILL[kind], ec=INK, lw=.8, zorder=5)
+    sheet.base.add_patch(box)
     sheet.words(x, y, text, color=WORD[kind], fontsize=10, zorder=6)
 
 def draw_arrow(
@@ -95,7 +96,8 @@ def draw_arrow(
 ) -> None:
     "A line through the points, with a head at the last."
     for start, end in zip(points, points[1:]):
-        style = dict(arrowstyle='-|>' if end is points[-1] else '-', color=INK, lw=1, shrinkA=0, shrinkB=0, mutation_scale=9)
+        head = '-|>' if end is points[-1] else '-'
+        style = dict(arrowstyle=head, color=INK, lw=1, shrinkA=0, shrinkB=0, mutation_scale=9)
         sheet.base.annotate('', end, start, arrowprops=style)
 
 # %% ../../nbs/viz/00_theme.ipynb #them0016
