@@ -174,7 +174,7 @@ def test_the_grid_can_be_asked_for_more():
         with pytest.raises(ValueError, match=message): design_space(**wrong)
 
 
-@pytest.mark.parametrize('spec', POSSIBLE, ids=name_of)
+@pytest.mark.parametrize('spec', [s for s in POSSIBLE if s.activation in (None, 'ln_relu')], ids=name_of)  # all of them: test_reference_space.py
 def test_every_cell_is_built_and_does_what_its_definition_says(spec):
     torch.manual_seed(0)
     mixer = build(spec, 4, (4, 6)).double().eval()
@@ -182,7 +182,7 @@ def test_every_cell_is_built_and_does_what_its_definition_says(spec):
     assert max(against_definition(mixer, spec, torch.randn(2, 4, 4, 6, dtype=torch.float64))) < 1e-12
 
 
-@pytest.mark.parametrize('spec', [s for s in POSSIBLE if s.position != 'abs'], ids=name_of)
+@pytest.mark.parametrize('spec', [s for s in POSSIBLE if s.position != 'abs' and s.activation in (None, 'softmax', 'scaling')], ids=name_of)
 def test_every_cell_is_recognised(spec):
     found = describe(build(spec), torch.randn(1, 16, 8, 8))
     assert (next(iter(found.values())) if isinstance(found, dict) else found) == spec

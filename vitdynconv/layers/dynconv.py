@@ -373,8 +373,8 @@ def bias_and_mask(self: KernelAttention2d,
     table = self.relative_position_bias_table
     bias = None if table is None else rows(RelativePosition(table, self.grid_size).bias())
     if self.selection is None or not self.selection.hard: return dict(bias=bias, mask=None)
+    if not self.selection.needs_grid: return dict(bias=bias, mask=self.selection(q, k, None)[2])   # it looks at the answers
     mask = self.selection.mask(h, w, q.device)
-    if mask is None: return dict(bias=bias, mask=self.selection(q, k, None)[2])   # it looks at the answers
     if mask.shape[1] != h * w: raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size that they divide')
     return dict(bias=bias, mask=rows(mask))
 
