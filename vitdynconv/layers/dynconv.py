@@ -340,7 +340,7 @@ class KernelAttention2d(nn.Module):
         if dim % num_heads: raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the divisors of {dim}')
         if kernel_size % 2 == 0: raise ValueError(f'kernel_size={kernel_size} has no centre; choose an odd one')
         if pos not in (None, 'rel') or (pos and grid_size is None): raise ValueError(f"pos={pos!r} with grid_size={grid_size}; choose None, or 'rel' with grid_size=(H, W)")
-        if pos and isinstance(selection, nn.Module): raise ValueError("pos='rel' ties a bias to each kernel, which a soft selection mixes; choose pos=None or a hard selection")
+        if pos and selection is not None and not selection.hard: raise ValueError("pos='rel' ties a bias to each kernel, which a soft selection mixes; choose pos=None or a hard selection")
         self.num_heads, self.kernel_size, self.stride, self.selection, self.backend = num_heads, kernel_size, stride, selection, backend
         self.grid_size = to_2tuple(grid_size) if pos else None
         h, w = self.grid_size or (0, 0)
@@ -359,20 +359,32 @@ def pair(self: KernelAttention2d,
 ) -> tuple[Tensor, Tensor]: # keys and values, (b, heads, n, d * taps) each
     "The bank that the image makes, mixed if the selection is soft."
     k, v = [conv(x).flatten(2).unflatten(1, (self.num_heads, -1)).mT for conv in (self.key, self.value)]
-    return self.selection(None, k, v)[:2] if isinstance(self.selection, nn.Module) else (k, v)
+    soft = self.selection is not None and not self.selection.hard
+    return self.selection(None, k, v)[:2] if soft else (k, v)
 
 @patch
 def bias_and_mask(self: KernelAttention2d,
+    q: Tensor,      # (b, heads, n', d * taps) unfolded queries
+    k: Tensor,      # (b, heads, m, d * taps) keys
     h: int, w: int, # size of the map
-    device=None,
-) -> dict:          # bias (heads, n', n) or None, mask (n', n) or None, for the n' positions of the result
+) -> dict:          # bias (heads, n', m) or None, mask (n', m) or (b, heads, n', m) or None, for the n' positions of the result
     "Position bias and 0/1 selection. ValueError for windows that do not tile the map."
-    rows = lambda t: t.unflatten(-2, (h, w))[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
-    bias = None if self.relative_position_bias_table is None else rows(RelativePosition(self.relative_position_bias_table, self.grid_size).bias())
-    if self.selection is None or isinstance(self.selection, nn.Module): return dict(bias=bias, mask=None)
-    mask = self.selection.mask(h, w, device)
+    def rows(t): return t.unflatten(-2, (h, w))[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
+    table = self.relative_position_bias_table
+    bias = None if table is None else rows(RelativePosition(table, self.grid_size).bias())
+    if self.selection is None or not self.selection.hard: return dict(bias=bias, mask=None)
+    if not self.selection.needs_grid: return dict(bias=bias, mask=self.selection(q, k, None)[2])   # it looks at the answers
+    mask = self.selection.mask(h, w, q.device)
     if mask.shape[1] != h * w: raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size that they divide')
     return dict(bias=bias, mask=rows(mask))
+
+@patch
+def unfolded_queries(self: KernelAttention2d,
+    x: Tensor, # (b, dim, h, w)
+) -> Tensor:   # (b, heads, n', d * taps)
+    "The neighbourhood of each query, as one vector."
+    patches = F.unfold(self.query(x), self.kernel_size, padding=self.kernel_size // 2, stride=self.stride)
+    return patches.unflatten(1, (self.num_heads, -1)).mT
 
 # %% ../../nbs/layers/07_dynconv.ipynb #00a71192
 @patch
@@ -384,7 +396,8 @@ def literal(self: KernelAttention2d,
     k, v = [t.flatten(0, 1).unflatten(2, (-1, *size)) for t in self.pair(x)]                                 # (b * heads, m, d, k, k)
     q = self.query(x).unflatten(1, (heads, -1)).flatten(0, 1)                                                # (b * heads, d, h, w)
     logits = conv_per_image(q, k, stride=self.stride, padding=pad)                                           # (b * heads, m, h', w')
-    weights = self.act(logits.flatten(2).mT.unflatten(0, (b, heads)), **self.bias_and_mask(h, w, x.device))  # (b, heads, n', m)
+    position = self.bias_and_mask(self.unfolded_queries(x), k.flatten(2).unflatten(0, (b, heads)), h, w)
+    weights = self.act(logits.flatten(2).mT.unflatten(0, (b, heads)), **position)                            # (b, heads, n', m)
     y = conv_per_image(weights.flatten(0, 1).mT.unflatten(2, logits.shape[2:]), v.transpose(1, 2), padding=pad)
     return self.out(y.unflatten(0, (b, heads)).flatten(1, 2))
 
@@ -394,7 +407,8 @@ def forward(self: KernelAttention2d,
 ) -> Tensor:   # (b, out_dim, ceil(h / stride), ceil(w / stride))
     "The same as attention over unfolded queries, folded back."
     (h, w), size, pad, s = x.shape[2:], self.kernel_size, self.kernel_size // 2, self.stride
-    q = F.unfold(self.query(x), size, padding=pad, stride=s).unflatten(1, (self.num_heads, -1)).mT           # (b, heads, n', d * taps)
-    y = self.backend(q, *self.pair(x), self.act, **self.bias_and_mask(h, w, x.device))                      # (b, heads, n', d * taps)
+    q = self.unfolded_queries(x)                                                                             # (b, heads, n', d * taps)
+    k, v = self.pair(x)
+    y = self.backend(q, k, v, self.act, **self.bias_and_mask(q, k, h, w))                                    # (b, heads, n', d * taps)
     y = y.mT.flatten(1, 2).unflatten(1, (-1, size ** 2)).flip(2).flatten(1, 2)                               # (b, dim * taps, n')
     return self.out(F.fold(y, (math.ceil(h / s), math.ceil(w / s)), size, padding=pad))
