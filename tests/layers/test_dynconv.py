@@ -14,8 +14,9 @@ from torch import nn
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.conv import to_map, to_tokens
 from vitdynconv.tools.testing import assert_equal, difference
-from vitdynconv.layers.dynconv import (DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv1d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d, KernelAttention2d, anneal,
-                                conv_per_image, local_conv)
+from vitdynconv.layers.dynconv import (DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv1d, DynamicDepthwiseConv2d,
+                                       GeneratedConv2d, Involution2d, anneal, conv_by_patches, conv_per_image, local_conv)
+from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import attention_to_convs
 from vitdynconv.layers.selection import ProjectedKernels, WindowKernels
 
@@ -69,7 +70,7 @@ def test_temperature_falls_and_is_saved():
     fresh = DynamicConv2d(4, 4, 3)
     fresh.load_state_dict(model[0].state_dict())
     assert fresh.temperature == 15.5
-    assert set(fresh.state_dict()) == {'weight', 'bias', 'temperature', 'router.0.weight', 'router.0.bias', 'router.2.weight', 'router.2.bias'}
+    assert set(fresh.state_dict()) == {'weight', 'bias', 'temperature_millionths', 'router.0.weight', 'router.0.bias', 'router.2.weight', 'router.2.bias'}
 
 
 @few
