@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     digits="digits_dls cluttered_digits_dls",
     fashion="fashion_dls find_fashion",
     images="write_imagefolder image_transforms keep_one_bit as_rgb",
-    folders="folder_summary data_fingerprint fingerprint_differences",
+    fingerprint="folder_summary data_fingerprint fingerprint_differences",
     imagenet="imagenet_dls preflight",
 )

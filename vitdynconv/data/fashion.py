@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'MEAN', 'STD', 'FILES', 'IMAGES', 'DEBIAN', 'read_idx', 'find_files', 'read_split', 'download',
-           'find_fashion', 'fit_pixels', 'fashion_parts', 'fashion_dls', 'check_fashion', 'first_of_each']
+           'find_fashion', 'fit_pixels', 'fashion_parts', 'check_fashion', 'first_of_each', 'fashion_dls']
 
 # %% ../../nbs/data/03_fashion.ipynb #fa4imp
 import gzip
@@ -44,10 +44,12 @@ def read_idx(
         raise ValueError(f'{path} cannot be read ({error}): install or download it again') from error
     wanted = ' x '.join(map(str, shape))
     if content[:len(header)] != header:
-        raise ValueError(f'{path} does not begin as an IDX file of {wanted} bytes: install or download it again')
+        raise ValueError(f'{path} does not begin as an IDX file of {wanted} bytes: '
+                         'install or download it again')
     numbers = np.frombuffer(content, np.uint8, offset=len(header))
     if len(numbers) != np.prod(shape):
-        raise ValueError(f'{path} holds {len(numbers)} bytes, not {wanted}: install or download it again')
+        raise ValueError(f'{path} holds {len(numbers)} bytes, not {wanted}: '
+                         'install or download it again')
     return torch.tensor(numbers).view(shape)
 
 # %% ../../nbs/data/03_fashion.ipynb #fb0split
@@ -61,15 +63,19 @@ def find_files(folder: Path) -> dict:  # split -> paths of images and labels; em
         found[split] = paths
     return found
 
-
-def read_split(split: str, images: Path, labels: Path) -> tuple:  # (n, 1, 28, 28) and (n,), uint8 and int64
+# %% ../../nbs/data/03_fashion.ipynb #fb0sp1x
+def read_split(
+    split: str,    # 'train' or 'test'
+    images: Path,
+    labels: Path,
+) -> tuple:        # (n, 1, 28, 28) uint8 and (n,) int64
     "Pixels and labels of one split, checked."
     n = IMAGES[split]
     pixels = read_idx(images, (n, 28, 28))[:, None]
     numbers = read_idx(labels, (n,)).long()
     if numbers.bincount(minlength=10).tolist() != [n // 10] * 10:
-        raise ValueError(f'{labels} does not hold {n // 10} labels of each of ten classes, as Fashion-MNIST does: '
-                         'it may be damaged, or be digit MNIST, whose files have the same names')
+        raise ValueError(f'{labels} does not hold {n // 10} labels of each of ten classes, as Fashion-MNIST '
+                         'does: it may be damaged, or be digit MNIST, whose files have the same names')
     return pixels, numbers
 
 # %% ../../nbs/data/03_fashion.ipynb #fb2find
@@ -98,7 +104,8 @@ def find_fashion(
         try: download(home)
         except (OSError, RuntimeError) as error: reason = str(error).splitlines()[0]
         else: return find_files(home / 'FashionMNIST' / 'raw')
-    raise ValueError(f'Fashion-MNIST is neither in {", ".join(map(str, places))} nor downloaded ({reason}): '
+    looked = ', '.join(map(str, places))
+    raise ValueError(f'Fashion-MNIST is neither in {looked} nor downloaded ({reason}): '
                      'run apt-get install dataset-fashion-mnist, or put its four .gz files '
                      'in a folder and name that')
 
@@ -115,7 +122,7 @@ def fit_pixels(
         pixels = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in scaled])
     return pixels.repeat(1, channels, 1, 1)
 
-
+# %% ../../nbs/data/03_fashion.ipynb #fb5dl1x
 def fashion_parts(
     root, fetch,  # as in `find_fashion`
     held_out,     # 'test', or 'tune' for a part of the training images
@@ -128,6 +135,25 @@ def fashion_parts(
     if held_out == 'test': return [(pixels, labels), read_split('test', *files['test'])]
     parts = stratified_split(labels, valid_pct, split_seed)
     return [(pixels[part], labels[part]) for part in parts]
+
+# %% ../../nbs/data/03_fashion.ipynb #fb8check
+def check_fashion(size, channels, held_out, per_class) -> None:
+    "Raise a ValueError for a setting that is not valid."
+    if not 8 <= size <= 224:
+        raise ValueError(f'size={size} is out of range: choose from 8 to 224 pixels')
+    if channels not in (1, 3):
+        raise ValueError(f'channels={channels} is not valid: choose 1, or 3 equal ones')
+    if held_out not in ('test', 'tune'):
+        raise ValueError(f"held_out={held_out!r} is not valid: choose 'test' or 'tune'")
+    if per_class is not None and per_class < 1:
+        raise ValueError(f'per_class={per_class} leaves no image: choose 1 or more')
+
+
+def first_of_each(pixels: Tensor, labels: Tensor, per_class: int) -> tuple:
+    "The first `per_class` images of each class, in the order of the file."
+    kept = [(labels == number).nonzero()[:per_class, 0] for number in labels.unique()]
+    kept = torch.cat(kept).sort().values
+    return pixels[kept], labels[kept]
 
 # %% ../../nbs/data/03_fashion.ipynb #fb7dls
 def fashion_dls(
@@ -150,29 +176,13 @@ def fashion_dls(
 ) -> DataLoaders:     # train, valid; vocab 'T-shirt/top' to 'Ankle boot'
     """Loaders of Fashion-MNIST, normalized, lightly augmented in training.
 
-    Raises ValueError for a setting that is not valid, a file that is damaged, or files that are nowhere."""
+    Raises ValueError for a setting that is not valid, a damaged file, or files that are nowhere."""
     check_fashion(size, channels, held_out, per_class)
     augment = LightAugment(shift, flip, 'zeros')
+    stats = dict(mean=[MEAN] * channels, std=[STD] * channels)
     sets = []
     for pixels, labels in fashion_parts(root, fetch, held_out, valid_pct, split_seed):
         if per_class and not sets: pixels, labels = first_of_each(pixels, labels, per_class)
         pixels = fit_pixels(pixels, size if resize else pixels.shape[-1], channels)
-        sets.append(TensorSet(pixels, labels, CLASSES, [MEAN] * channels, [STD] * channels, augment=augment, size=size))
+        sets.append(TensorSet(pixels, labels, CLASSES, augment=augment, size=size, **stats))
     return tensor_dls(*sets, batch_size, seed, rank, world, device)
-
-# %% ../../nbs/data/03_fashion.ipynb #fb8check
-def check_fashion(size, channels, held_out, per_class) -> None:
-    "Raise a ValueError for a setting that is not valid."
-    if not 8 <= size <= 224: raise ValueError(f'size={size} is out of range: choose from 8 to 224 pixels')
-    if channels not in (1, 3): raise ValueError(f'channels={channels} is not valid: choose 1, or 3 equal ones')
-    if held_out not in ('test', 'tune'):
-        raise ValueError(f"held_out={held_out!r} is not valid: choose 'test' or 'tune'")
-    if per_class is not None and per_class < 1:
-        raise ValueError(f'per_class={per_class} leaves no image: choose 1 or more')
-
-
-def first_of_each(pixels: Tensor, labels: Tensor, per_class: int) -> tuple:
-    "The first `per_class` images of each class, in the order of the file."
-    kept = [(labels == number).nonzero()[:per_class, 0] for number in labels.unique()]
-    kept = torch.cat(kept).sort().values
-    return pixels[kept], labels[kept]

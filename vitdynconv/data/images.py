@@ -35,7 +35,9 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.err
 def as_bytes(
     picture: Image.Image,  # of a mode with more than 8 bits: 'I;16' and its kin, 'I', 'F'
 ) -> Image.Image:          # mode 'L'
-    "Deep grey pictures in 8 bits: 65,535 becomes 255, and floats count from 0 to 1, or to 255 if they exceed 1."
+    """Deep grey pictures in 8 bits.
+
+    65,535 becomes 255; floats count from 0 to 1, or to 255 where they exceed 1."""
     values = np.asarray(picture)
     top = 65_535
     if picture.mode == 'F': top = 1 if values.max(initial=0) <= 1 else 255
@@ -86,9 +88,10 @@ def save_split(
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels = loader.decode(images[index:index + 1])[0].permute(1, 2, 0).numpy()
         pixels = (pixels * 255).round().astype(np.uint8)
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, quality=quality)
+        if pixels.shape[2] == 1: pixels = pixels.squeeze(2)
+        Image.fromarray(pixels).save(file, quality=quality)
 
-
+# %% ../../nbs/data/04_images.ipynb #im5wr1x
 def write_imagefolder(
     dls,             # loaders of tensors, such as `digits_dls(size=32)`
     root,            # folder to make
@@ -122,7 +125,9 @@ def posterize_some(picture, bits, posterize=None, **kwargs):
 
 
 def keep_one_bit(transform):  # the transform, changed in place
-    "RandAugment's strongest posterizing keeps 0 bits: a black picture, and an error from Pillow 13 on. Keep 1."
+    """Keep at least one bit when RandAugment posterizes.
+
+    Its strongest posterizing keeps none: a black picture, and an error from Pillow 13 on."""
     for step in transform.transforms:
         for op in getattr(step, 'ops', ()):
             if op.name.startswith('Posterize'): op.aug_fn = partial(posterize_some, posterize=op.aug_fn)
@@ -131,8 +136,8 @@ def keep_one_bit(transform):  # the transform, changed in place
 # %% ../../nbs/data/04_images.ipynb #im7trans
 def image_transforms(
     settings,  # mapping with the keys of `IMAGE_SETTINGS`
-) -> tuple:    # training transform, evaluation transform: picture -> uint8 tensor (3, input_size, input_size)
-    "timm's transforms for training and for evaluation."
+) -> tuple:    # training and evaluation transform
+    "timm's transforms: picture -> uint8 tensor (3, input_size, input_size)."
     settings = dict(IMAGE_SETTINGS, **settings)
     common = {name: settings[name] for name in ('input_size', 'interpolation', 'mean', 'std')}
     common['use_prefetcher'] = True  # uint8 tensors; the loader normalizes
@@ -160,11 +165,13 @@ class ImageSet(ImageData, Dataset):
         vocab: list,       # names of the classes
         split_idx=1,       # which of the transforms
         substitute=False,  # an unreadable image is replaced by the next readable one, not left out
-        items=None,        # numbers of images in `source`, or files or pictures without a label; all of `source` by default
+        items=None,        # numbers in `source`, or files or pictures without a label; all by default
         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,  # of one channel: images are made grey
     ):
         self.describe(vocab, mean, std, split_idx)
-        self.source, self.transforms, self.substitute = source, tuple(transforms), substitute
+        self.source = source
+        self.transforms = tuple(transforms)
+        self.substitute = substitute
         self.items = range(len(source)) if items is None else items
         self.labelled = all(isinstance(item, int) for item in self.items[:1])
         self.unreadable = torch.zeros(len(self.items), dtype=torch.bool).share_memory_()
@@ -223,7 +230,7 @@ def prepare(self: ImageSet, picture: Image.Image) -> Tensor:  # uint8 (channels,
 
 
 @patch
-def __getitem__(self: ImageSet, request):  # uint8 (c, h, w), label; None for an unreadable image that is left out
+def __getitem__(self: ImageSet, request):  # uint8 (c, h, w), label; None where it is left out
     *key, index = request
     candidates = range(index, index + len(self)) if self.substitute else [index]
     for candidate in candidates:
@@ -276,7 +283,7 @@ class DrawErasing(RandomErasing):
 
 # %% ../../nbs/data/04_images.ipynb #db9a01da
 class Requests:
-    "Batches of requests for a torch `DataLoader`, as `loader` orders them: lists of `(seed, epoch, position, image)`."
+    "Batches of `(seed, epoch, position, image)` for a torch `DataLoader`, as `loader` orders them."
     def __init__(self, loader): self.loader = loader
     def __len__(self): return len(self.loader)
 
@@ -307,7 +314,9 @@ class ImageLoader(EpochLoader):
         num_workers=0,     # processes that decode; 0: this one
         **settings,        # of `EpochLoader`
     ):
-        self.input_size, self.random_erasing, self.num_workers = input_size, random_erasing, num_workers
+        self.input_size = input_size
+        self.random_erasing = random_erasing
+        self.num_workers = num_workers
         super().__init__(dataset, **settings)
 
     def torch_loader(self, **settings) -> DataLoader:
@@ -328,14 +337,16 @@ class ImageLoader(EpochLoader):
 @patch
 def keys(self: ImageLoader):
     "The names of this process's draws, in order, set apart from those that augmentation uses."
-    return ((self.seed, self.epoch, position, 1) for position in range(self.rank, self.total, self.world))
+    for position in range(self.rank, self.total, self.world):
+        yield self.seed, self.epoch, position, 1
 
 
 @patch
 def batches(self: ImageLoader):
     "Pairs of images (b, c, size, size), normalized, and labels (b,)."
     data = self.dataset
-    ahead = PrefetchLoader(self.source(), data.mean, data.std, channels=len(data.mean), device=self.device)
+    stats = dict(mean=data.mean, std=data.std, channels=len(data.mean))
+    ahead = PrefetchLoader(self.source(), device=self.device, **stats)
     if self.random_erasing and not data.split_idx:
         ahead.random_erasing = DrawErasing(self.random_erasing, self.keys(), self.device)
     for x, y in ahead:
@@ -350,7 +361,7 @@ def skipped(self: ImageLoader) -> list:
 
 @patch(as_prop=True)
 def n_readable(self: ImageLoader) -> int:
-    "Images of this process's epoch, without those that could not be read so far: what an evaluation has seen."
+    "Images of this process's epoch that could be read so far: what an evaluation has seen."
     return self.n - int(self.dataset.unreadable[self.draws()[1]].sum())
 
 

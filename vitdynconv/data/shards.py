@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'STREAMS', 'devkit_labels', 'label_flat_split', 'class_numbers', 'class_names', 'drop_hidden', 'in_hidden',
            'open_place', 'open_named', 'open_picture', 'SkipCounter', 'ImageStream', 'StreamLoader', 'shards_of',
-           'share_stream', 'stream_problems', 'sharing_problems', 'stream_dls']
+           'share_stream', 'stream_problems', 'sharing_problems', 'vocabulary', 'check_streams', 'stream_loader',
+           'stream_dls']
 
 # %% ../../nbs/data/06_shards.ipynb #sx2
 import io
@@ -23,7 +24,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset,
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .folders import complain, folder_reader, is_hidden, some
-from .images import UNREADABLE, ImageLoader, ImageSet, as_rgb, image_transforms, statistics
+from .images import (
+    UNREADABLE, ImageLoader, ImageSet, as_rgb, image_transforms, statistics)
 from .loader import ImageData, kept_randomness, seed_from
 
 # %% ../../nbs/data/06_shards.ipynb #ca923ae4
@@ -33,12 +35,13 @@ def devkit_labels(
     "The validation labels of ILSVRC2012, from its development kit."
     with tarfile.open(devkit) as tar:
         files = {Path(member.name).name: member for member in tar if member.isfile()}
-        meta = loadmat(io.BytesIO(tar.extractfile(files['meta.mat']).read()), squeeze_me=True)['synsets']
+        meta = io.BytesIO(tar.extractfile(files['meta.mat']).read())
         numbers = tar.extractfile(files['ILSVRC2012_validation_ground_truth.txt']).read().split()
-    names = {int(row[0]): str(row[1]) for row in meta}  # ILSVRC2012_ID, WNID
+    synsets = loadmat(meta, squeeze_me=True)['synsets']
+    names = {int(row[0]): str(row[1]) for row in synsets}  # ILSVRC2012_ID, WNID
     return [names[int(number)] for number in numbers]
 
-
+# %% ../../nbs/data/06_shards.ipynb #ca9231x
 def label_flat_split(
     reader,     # timm reader of images without class folders, in the order of their numbers
     labels,     # class name of each
@@ -46,9 +49,12 @@ def label_flat_split(
 ):
     "Give the images of a flat folder or tar their labels."
     if len(labels) != len(reader):
-        raise ValueError(f'{len(reader)} validation images but {len(labels)} labels in the development kit')
+        raise ValueError(f'{len(reader)} validation images but {len(labels)} labels '
+                         'in the development kit')
     strange = set(labels) - set(classes)
-    if strange: raise ValueError(f'{len(strange)} classes of the development kit are no training classes: {some(strange)}')
+    if strange:
+        raise ValueError(f'{len(strange)} classes of the development kit are no training classes: '
+                         f'{some(strange)}')
     numbers = [classes[name] for name in labels]
     if hasattr(reader, 'samples') and not hasattr(reader, 'targets'):
         reader.samples = [(file, number) for (file, _), number in zip(reader.samples, numbers)]
@@ -59,8 +65,10 @@ def label_flat_split(
 def class_numbers(dataset) -> dict:  # name -> number; empty when the data do not tell
     "The classes of a timm or torchvision data set."
     reader = getattr(dataset, 'reader', dataset)
-    numbers = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
-    return {str(name): number for name, number in numbers.items()}
+    for attribute in 'class_to_idx', 'class_name_to_idx':
+        numbers = getattr(reader, attribute, None)
+        if numbers: return {str(name): number for name, number in numbers.items()}
+    return {}
 
 
 def class_names(dataset) -> list:  # by number
@@ -99,13 +107,13 @@ def open_place(
     if not class_map: drop_hidden(reader)
     return ImageDataset(str(place), reader=reader)
 
-
+# %% ../../nbs/data/06_shards.ipynb #sh3op1x
 READERS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
-
+# %% ../../nbs/data/06_shards.ipynb #sh3op2x
 def open_named(
     root,            # folder or name of the data set
-    reader,          # timm's: 'hfds/NAME', 'wds', 'tfds/NAME', 'torch/NAME'; 'hfds' and 'wds' read `root`
+    reader,          # timm's: 'hfds', 'hfds/NAME', 'hfids', 'wds', 'tfds/NAME', 'torch/NAME'
     split,           # name of the split, in the reader's own way
     training,        # streams shuffle and repeat
     options: dict,   # of timm's `create_dataset`: class_map, input_key, target_key, num_samples, ...
@@ -113,19 +121,22 @@ def open_named(
     "Open one split with a reader of timm's; what goes wrong is a ValueError of one line."
     options, name = dict(options), reader.split('/')[0]
     if name not in READERS:
-        raise ValueError(f"reader={reader!r} is not known: choose '' for folders and tars, or one of {', '.join(READERS)}")
+        raise ValueError(f"reader={reader!r} is not known: choose '' for folders and tars, "
+                         f'or one of {", ".join(READERS)}')
     if name in ('wds', 'hfids'): options.setdefault('input_img_mode', '')  # `as_rgb` converts
     if reader in ('hfds', 'hfids'): root, reader = options.pop('cache_dir', None), f'{reader}/{root}'
     if reader == 'wds': reader = 'wds/'
-    try: dataset = create_dataset(reader, root=root and str(root), split=split, is_training=training, **options)
-    except ImportError as error: raise ValueError(f'reader {name!r} needs a package: {error}') from error
+    root = root and str(root)
+    try: dataset = create_dataset(reader, root=root, split=split, is_training=training, **options)
+    except ImportError as error:
+        raise ValueError(f'reader {name!r} needs a package: {error}') from error
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'reader {name!r} cannot open split {split!r} of {str(root)!r}: {reason}') from error
+        raise ValueError(f'reader {name!r} cannot open split {split!r} of {root!r}: {reason}') from error
     if hasattr(dataset, 'loader'): dataset.loader = open_picture  # torchvision's folders
     return dataset
 
-
+# %% ../../nbs/data/06_shards.ipynb #sh3op3x
 def open_picture(path):
     "A file as an upright picture in 8-bit RGB."
     with Image.open(path) as picture: return as_rgb(picture)
@@ -203,7 +214,8 @@ def counted_samples(self: ImageStream):
 class StreamLoader(ImageLoader):
     "Batches of a stream; the reader gives each process its share."
     def __init__(self, dataset, num_workers=1, **settings):
-        super().__init__(dataset, num_workers=max(1, num_workers), **settings)  # a fresh worker starts the reader afresh
+        # at least one worker: a fresh worker starts the reader afresh
+        super().__init__(dataset, num_workers=max(1, num_workers), **settings)
         dataset.source.set_loader_cfg(num_workers=self.num_workers)
 
     @property
@@ -233,11 +245,15 @@ def shards_of(source) -> list:  # (name, images) of each shard; empty where the 
 
 
 def share_stream(source, training, rank, world):
-    "Tell the reader of a stream which process it serves. For validation, shards are dealt out without repeats."
-    reader, shards = source.reader, shards_of(source)
+    """Tell the reader of a stream which process it serves.
+
+    For validation, shards are dealt out without repeats."""
+    reader = source.reader
+    shards = shards_of(source)
     reader.dist_rank, reader.dist_num_replicas = rank, world
     if training or not shards or world == 1: return
-    info, mine = reader.split_info, shards[rank::world]
+    info = reader.split_info
+    mine = shards[rank::world]
     reader.dist_rank, reader.dist_num_replicas = 0, 1
     info.filenames = tuple(name for name, _ in mine)
     info.shard_lengths = tuple(length for _, length in mine)
@@ -257,26 +273,53 @@ def stream_problems(name: str, source, num_classes: int) -> list:  # of sentence
 
 def sharing_problems(sources, world: int) -> list:  # of sentences
     "Where there are fewer shards than processes."
-    return [f'{len(shards)} {name} shards cannot be shared by {world} processes: write more shards, or start fewer processes'
-            for name, shards in zip(('training', 'validation'), map(shards_of, sources)) if 0 < len(shards) < world]
+    problems = []
+    for name, source in zip(('training', 'validation'), sources):
+        shards = len(shards_of(source))
+        if 0 < shards < world:
+            problems.append(f'{shards} {name} shards cannot be shared by {world} processes: '
+                            'write more shards, or start fewer processes')
+    return problems
 
 # %% ../../nbs/data/06_shards.ipynb #sh9dls
-def stream_dls(root, sources, settings: dict, common: dict) -> DataLoaders:
-    "Loaders of two streams."
-    vocab = class_names(sources[0]) or [str(number) for number in range(settings['num_classes'] or 0)]
-    problems = sharing_problems(sources, common['world'])
+def vocabulary(source, settings: dict) -> list:
+    "Names of the classes: those of the data, or numbers where the data do not tell."
+    numbers = range(settings['num_classes'] or 0)
+    return class_names(source) or [str(number) for number in numbers]
+
+
+def check_streams(root, sources, vocab: list, settings: dict, world: int) -> None:
+    "Raise a ValueError that names all that is wrong with two streams."
+    problems = sharing_problems(sources, world)
     if not vocab: problems.append('a stream does not tell its classes: set num_classes')
     if settings['repeated_aug'] > 1:
-        problems.append('a stream cannot repeat images in a row: set repeated_aug=0, or use a reader with random access')
-    if not problems:
-        for name, source in zip(('training', 'validation'), sources): problems += stream_problems(name, source, len(vocab))
+        problems.append('a stream cannot repeat images in a row: set repeated_aug=0, '
+                        'or use a reader with random access')
     complain(problems, root)
-    transforms, loaders = image_transforms(settings), []
-    for split_idx, source in enumerate(sources):
-        shards, total = shards_of(source), source.reader.num_samples
-        share_stream(source, split_idx == 0, common['rank'], common['world'])
-        stream = ImageStream(source, transforms, vocab, split_idx, common['seed'], common['rank'], total, shards, **statistics(settings))
-        workers = min(settings['workers'], max(1, len(shards) // common['world'])) if shards else settings['workers']
-        training = dict(random_erasing=settings['random_erasing'], drop_last=True, shuffle=True) if split_idx == 0 else {}
-        loaders.append(StreamLoader(stream, num_workers=workers, **training, **common))
+    for name, source in zip(('training', 'validation'), sources):
+        problems += stream_problems(name, source, len(vocab))
+    complain(problems, root)
+
+# %% ../../nbs/data/06_shards.ipynb #sh9dl3x
+def stream_loader(source, split_idx: int, vocab: list, settings: dict, common: dict) -> StreamLoader:
+    "The loader of one stream: training (`split_idx` 0) or held-out images (1)."
+    rank, world = common['rank'], common['world']
+    shards, total = shards_of(source), source.reader.num_samples  # before they are dealt out
+    share_stream(source, split_idx == 0, rank, world)
+    origin = dict(seed=common['seed'], rank=rank, total=total, shards=shards)
+    stats = statistics(settings)
+    stream = ImageStream(source, image_transforms(settings), vocab, split_idx, **origin, **stats)
+    workers = settings['workers']
+    if shards: workers = min(workers, max(1, len(shards) // world))
+    if split_idx: return StreamLoader(stream, num_workers=workers, **common)
+    training = dict(random_erasing=settings['random_erasing'], drop_last=True, shuffle=True)
+    return StreamLoader(stream, num_workers=workers, **training, **common)
+
+
+def stream_dls(root, sources, settings: dict, common: dict) -> DataLoaders:
+    "Loaders of two streams."
+    vocab = vocabulary(sources[0], settings)
+    check_streams(root, sources, vocab, settings, common['world'])
+    loaders = [stream_loader(source, split_idx, vocab, settings, common)
+               for split_idx, source in enumerate(sources)]
     return DataLoaders(*loaders, device=common['device'])

@@ -26,7 +26,7 @@ def inside(
     if fill == 'reflect': places = n - 1 - (n - 1 - places.abs()).abs()
     return places.clamp(0, n - 1)
 
-
+# %% ../../nbs/data/01_tensors.ipynb #635de1x
 def cut_windows(
     pixels: Tensor,   # (n, c, h, w)
     index: Tensor,    # (b,) which images
@@ -40,9 +40,10 @@ def cut_windows(
     rows = torch.arange(size) + (h - size) // 2 - offsets[:, :1]
     cols = torch.arange(size) + (w - size) // 2 - offsets[:, 1:]
     cols = torch.where(flips[:, None], cols.flip(1), cols)
-    i, j = inside(rows, h, fill), inside(cols, w, fill)
+    i = inside(rows, h, fill)
+    j = inside(cols, w, fill)
     shown = ((rows == i)[:, None, :, None] & (cols == j)[:, None, None, :]).to(pixels.device)
-    i, j, index = i.to(pixels.device), j.to(pixels.device), index.to(pixels.device)
+    i, j, index = (places.to(pixels.device) for places in (i, j, index))
     cut = pixels[index[:, None, None], :, i[:, :, None], j[:, None, :]]  # (b, size, size, c)
     cut = cut.permute(0, 3, 1, 2).contiguous()
     return cut * shown if fill == 'zeros' else cut
@@ -57,7 +58,8 @@ class LightAugment:
 
     def __post_init__(self):
         if self.shift < 0: raise ValueError(f'shift={self.shift} is not valid: choose 0 or more pixels')
-        if not 0 <= self.flip <= 1: raise ValueError(f'flip={self.flip} is not a share: choose from 0 to 1')
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f'flip={self.flip} is not a share: choose from 0 to 1')
         if self.fill not in ('edge', 'zeros', 'reflect'):
             raise ValueError(f"fill={self.fill!r} is not valid: choose 'edge', 'zeros' or 'reflect'")
 
@@ -83,7 +85,9 @@ class TensorSet(ImageData):
         size=None,         # pixels a side of what is handed out; by default that of `pixels`
     ):
         self.describe(vocab, mean, std, split_idx)
-        self.pixels, self.labels, self.augment = pixels, labels, augment
+        self.pixels = pixels
+        self.labels = labels
+        self.augment = augment
         self.size = size or pixels.shape[-1]
 
     def __len__(self): return len(self.pixels)
@@ -108,7 +112,8 @@ class TensorSet(ImageData):
 def normalize(self: TensorSet, pixels: Tensor) -> Tensor:
     "Pixels (b, c, h, w), uint8 or in [0, 1], as a network sees them."
     if pixels.dtype == torch.uint8: pixels = pixels / 255
-    mean, std = channel_shape(self.mean), channel_shape(self.std)
+    mean = channel_shape(self.mean)
+    std = channel_shape(self.std)
     return (pixels - mean.to(pixels.device)) / std.to(pixels.device)
 
 
@@ -124,8 +129,7 @@ def prepared(self: TensorSet, index: Tensor, moves=None) -> Tensor:
     still = self.size == self.pixels.shape[-1]
     if moves is None and still: return self.normalize(self.pixels[index.to(self.pixels.device)])
     fill = self.augment.fill if still else 'zeros'
-    if moves is None:
-        moves = torch.zeros(len(index), 2, dtype=torch.long), torch.zeros(len(index), dtype=torch.bool)
+    if moves is None: moves = LightAugment().draw(len(index), seed=0)
     return self.normalize(cut_windows(self.pixels, index, *moves, self.size, fill))
 
 # %% ../../nbs/data/01_tensors.ipynb #ld8subset
@@ -149,7 +153,7 @@ def from_picture(self: TensorSet, item) -> Tensor:  # (c, h, w) like `pixels`
     pixels = torch.tensor(np.array(picture)).view(h, w, -1).permute(2, 0, 1)
     return pixels if self.pixels.dtype == torch.uint8 else pixels / 255
 
-
+# %% ../../nbs/data/01_tensors.ipynb #ld8su2x
 @patch
 def subset(self: TensorSet, items: list) -> TensorSet:
     "The images of some numbers, with labels; or new images, without."
@@ -193,8 +197,10 @@ def tensor_dls(
     "Loaders of images held as tensors: training augmented and shuffled, the other as they are."
     rank, world = own_share(rank, world)
     if batch_size < 1 or batch_size % world:
-        raise ValueError(f'batch_size={batch_size} cannot be shared by {world} processes: use a multiple of {world}')
-    train.split_idx, valid.split_idx = 0, 1
+        raise ValueError(f'batch_size={batch_size} cannot be shared by {world} processes: '
+                         f'use a multiple of {world}')
+    train.split_idx = 0
+    valid.split_idx = 1
     common = dict(bs=batch_size // world, seed=seed, rank=rank, world=world, device=device)
     train = TensorLoader(train, shuffle=True, drop_last=True, **common)
     return DataLoaders(train, TensorLoader(valid, **common), device=torch.device(device or 'cpu'))

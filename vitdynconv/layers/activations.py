@@ -22,8 +22,9 @@ from torch import nn, Tensor
 FAMILIES = 'fused', 'linear', 'layernorm', 'pointwise', 'rows'
 
 class Activation(nn.Module):
-    "What stands between the two dynamic convolutions: raw logits (..., n, m) of n positions against m kernels, to weights of the same shape."
-    family = 'rows'                      # which fast evaluations apply, one of `FAMILIES`; a subclass that does not say is 'rows'
+    """What stands between the two dynamic convolutions: raw logits (..., n, m) of n positions against m
+    kernels, to weights of the same shape."""
+    family = 'rows'                      # which fast evaluations apply: one of `FAMILIES`
     normalization = nonlinearity = None  # the roles of Table 2: who plays them
     communication = False                # does the weight of one kernel depend on the logits of others?
     bias_in_logits = False               # True: softmax(s + B); False: a(s) + B (Eq. 4)
@@ -51,7 +52,8 @@ class Activation(nn.Module):
 
     @classmethod
     def reference(cls, logits, bias=None, mask=None, **settings):
-        "The same weights in plain NumPy and float64, row by row from `formula`; `settings` as `settings()` gives them."
+        """The same weights in plain NumPy and float64, row by row from `formula`; `settings` as
+        `settings()` gives them."""
         return reference_rows(cls.formula, logits, bias, mask, **settings)
 
     def settings(self) -> dict:
@@ -59,7 +61,8 @@ class Activation(nn.Module):
         return dict(head_dim=self.head_dim)
 
     def resized_parameters(self, resize: Callable) -> dict[str, Tensor]:
-        "The parameters of one entry per kernel, by name, each after `resize`: how an activation moves to another grid."
+        """The parameters of one entry per kernel, by name, each after `resize`: how an activation moves to
+        another grid."""
         own = self.named_parameters(recurse=False)
         return {name: resize(p) for name, p in own if p.shape[:1] == (self.num_kernels,)}
 
@@ -74,7 +77,7 @@ def reference_rows(
     bias=None,               # broadcasts to (..., n, m), or None for zero
     mask=None,               # bool, broadcasts to (..., n, m), or None for all
     **settings,              # for `formula`; an array of m entries is cut like the row
-) -> np.ndarray:             # (..., n, m) float64, or complex if an argument is; zero outside the mask, and in rows that select nothing
+) -> np.ndarray:             # (..., n, m) float64, or complex if an argument is; zero where nothing is selected
     "Apply a formula to the selected kernels of one row after the other."
     arrays = [value for value in settings.values() if np.ndim(value)]
     logits = np.asarray(logits)
@@ -106,20 +109,25 @@ def head_scale(
     "`1/d`, `1/sqrt(d)` or 1. Raises ValueError for an unknown name or a missing `head_dim`."
     if scale not in SCALES: raise ValueError(f'unknown scale {scale!r}; choose one of {SCALES}')
     if scale not in ('head_dim', 'sqrt_head_dim'): return 1.
-    if not head_dim: raise ValueError(f'scale={scale!r} divides by the head dimension; pass head_dim, the number of channels of a head')
+    if not head_dim:
+        raise ValueError(f'scale={scale!r} divides by the head dimension; pass head_dim, the number of '
+                         'channels of a head')
     return 1 / head_dim if scale == 'head_dim' else head_dim ** -.5
 
 # %% ../../nbs/layers/02_activations.ipynb #ca2ab690
 ACTIVATIONS: dict[str, type[Activation]] = {}  # name -> class
 
 def register(name: str):
-    "Class decorator: enter an activation into `ACTIVATIONS` under `name`. ValueError if the name is taken or the family unknown."
+    """Class decorator: enter an activation into `ACTIVATIONS` under `name`. ValueError if the name is taken
+    or the family unknown."""
     def enter(cls):
         old = ACTIVATIONS.get(name, cls)
         if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f'the name {name!r} belongs to {old.__module__}.{old.__qualname__}; choose another one, '
                              f'or call ACTIVATIONS.pop({name!r}) first to replace it')
-        if cls.family not in FAMILIES: raise ValueError(f'{cls.__name__} has family={cls.family!r}; choose one of {", ".join(FAMILIES)}')
+        if cls.family not in FAMILIES:
+            raise ValueError(f'{cls.__name__} has family={cls.family!r}; choose one of '
+                             f'{", ".join(FAMILIES)}')
         cls.name = name
         ACTIVATIONS[name] = cls
         return cls
@@ -139,7 +147,8 @@ def create_activation(
         hint = f' (did you mean {close[0]!r}?)' if close else ''
         raise ValueError(f'unknown activation {name!r}; choose one of {", ".join(ACTIVATIONS)}{hint}')
     try: return ACTIVATIONS[name](num_kernels=num_kernels, head_dim=head_dim, **options)
-    except TypeError as e: raise ValueError(f'activation {name!r} does not take {sorted(options)}: {e}') from None
+    except TypeError as e:
+        raise ValueError(f'activation {name!r} does not take {sorted(options)}: {e}') from None
 
 # %% ../../nbs/layers/02_activations.ipynb #8c98830d
 @register('softmax')
@@ -151,14 +160,16 @@ class Softmax(Activation):
 
     def __init__(self, num_kernels=None, head_dim=None, temperature: float | None = None):
         super().__init__(num_kernels, head_dim)
-        if temperature is not None and not temperature > 0: raise ValueError(f'temperature={temperature} must be above 0; leave it out for sqrt(head_dim)')
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f'temperature={temperature} must be above 0; leave it out for sqrt(head_dim)')
         self.temperature = temperature
         self.factor = head_scale('sqrt_head_dim', head_dim) if temperature is None else 1 / temperature
 
     def normalise(self, scores): return scores.softmax(-1)
 
     def forward(self, logits, bias=None, mask=None):
-        "softmax(s / t + B) over the selected kernels, zero in rows that select none; (..., n, m) to (..., n, m)"
+        """softmax(s / t + B) over the selected kernels, zero in rows that select none; (..., n, m) to (...,
+        n, m)"""
         scores = logits * self.factor
         if bias is None and mask is None: return self.normalise(scores)
         if bias is not None: scores = scores + bias
@@ -262,13 +273,16 @@ def masked_norm(
 # %% ../../nbs/layers/02_activations.ipynb #66a590c9
 @register('ln')
 class KernelLayerNorm(Activation):
-    "LayerNorm over the kernel axis, with `weight` and `bias` of one entry per kernel. Normalisation and communication."
+    """LayerNorm over the kernel axis, with `weight` and `bias` of one entry per kernel. Normalisation and
+    communication."""
     family, normalization, communication = 'layernorm', 'LayerNorm', True
     f = staticmethod(lambda s: s)
 
     def __init__(self, num_kernels=None, head_dim=None, eps: float = 1e-5, elementwise_affine: bool = True):
         super().__init__(num_kernels, head_dim)
-        if elementwise_affine and not num_kernels: raise ValueError('LayerNorm has one weight per kernel; pass num_kernels, the size of the bank, or elementwise_affine=False')
+        if elementwise_affine and not num_kernels:
+            raise ValueError('LayerNorm has one weight per kernel; pass num_kernels, the size of the bank, '
+                             'or elementwise_affine=False')
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(num_kernels)) if elementwise_affine else None
         self.bias = nn.Parameter(torch.empty(num_kernels)) if elementwise_affine else None
@@ -283,7 +297,8 @@ class KernelLayerNorm(Activation):
     def activate(self, logits, mask=None):
         m = logits.shape[-1]
         if self.weight is not None and self.weight.shape[0] != m:
-            raise ValueError(f'LayerNorm has weights for {self.weight.shape[0]} kernels but sees {m}; build it with num_kernels={m} or resize the model to this input size')
+            raise ValueError(f'LayerNorm has weights for {self.weight.shape[0]} kernels but sees {m}; '
+                             f'build it with num_kernels={m} or resize the model to this input size')
         s = at_least_float32(logits)
         s = F.layer_norm(s, (m,), eps=self.eps) if mask is None else masked_norm(s, mask, self.eps)
         if self.weight is not None: s = s * self.weight + self.bias
@@ -291,7 +306,8 @@ class KernelLayerNorm(Activation):
 
     def settings(self):
         if self.weight is None: return dict(eps=self.eps)
-        return dict(eps=self.eps, weight=self.weight.detach().double().cpu().numpy(), shift=self.bias.detach().double().cpu().numpy())
+        weight, shift = [p.detach().double().cpu().numpy() for p in (self.weight, self.bias)]
+        return dict(eps=self.eps, weight=weight, shift=shift)
 
     @staticmethod
     def formula(s, b, eps=1e-5, weight=1., shift=0.):
@@ -301,7 +317,8 @@ class KernelLayerNorm(Activation):
 # %% ../../nbs/layers/02_activations.ipynb #9833f672
 @register('ln_relu')
 class KernelLayerNormReLU(KernelLayerNorm):
-    "relu(ln(s)): all three roles again, each played by a part that ConvNets use (the paper's best for Swin-T)."
+    """relu(ln(s)): all three roles again, each played by a part that ConvNets use (the paper's best for
+    Swin-T)."""
     family, nonlinearity = 'layernorm', 'ReLU'
     f = staticmethod(F.relu)
 
@@ -322,7 +339,8 @@ class ReLU(OverLength):
     family, nonlinearity, f = 'pointwise', 'ReLU', staticmethod(F.relu)
 
     @staticmethod
-    def formula(s, b, head_dim=None, scale='sqrt_head_dim'): return np.maximum(scaled(s, scale, head_dim), 0) / len(s) + b
+    def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
+        return np.maximum(scaled(s, scale, head_dim), 0) / len(s) + b
 
 @register('relu_squared')
 class SquaredReLU(OverLength):
@@ -330,7 +348,8 @@ class SquaredReLU(OverLength):
     family, nonlinearity, f = 'pointwise', 'ReLU squared', staticmethod(lambda s: F.relu(s).square())
 
     @staticmethod
-    def formula(s, b, head_dim=None, scale='sqrt_head_dim'): return np.maximum(scaled(s, scale, head_dim), 0) ** 2 / len(s) + b
+    def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
+        return np.maximum(scaled(s, scale, head_dim), 0) ** 2 / len(s) + b
 
 # %% ../../nbs/layers/02_activations.ipynb #d5f49588
 @register('gelu')
@@ -349,12 +368,14 @@ class ReLU6(OverLength):
     family, nonlinearity, f = 'pointwise', 'ReLU6', staticmethod(F.relu6)
 
     @staticmethod
-    def formula(s, b, head_dim=None, scale='sqrt_head_dim'): return np.clip(scaled(s, scale, head_dim), 0, 6) / len(s) + b
+    def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
+        return np.clip(scaled(s, scale, head_dim), 0, 6) / len(s) + b
 
 @register('softplus')
 class Softplus(OverLength):
     "log(1 + exp(s')) / n (arXiv 2309.08586)."
-    family, nonlinearity, f = 'pointwise', 'Softplus', staticmethod(lambda s: F.softplus(s, threshold=40))  # above 20, its default, F.softplus drops 2e-9
+    family, nonlinearity = 'pointwise', 'Softplus'
+    f = staticmethod(lambda s: F.softplus(s, threshold=40))  # above 20, its default, F.softplus drops 2e-9
 
     @staticmethod
     def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
@@ -381,12 +402,14 @@ class Sigmoid(Pointwise):
         return weights if mask is None else weights.masked_fill(~mask, 0)
 
     @staticmethod
-    def formula(s, b, head_dim=None, scale='sqrt_head_dim'): return 1 / (1 + len(s) * np.exp(-scaled(s, scale, head_dim) - b))
+    def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
+        return 1 / (1 + len(s) * np.exp(-scaled(s, scale, head_dim) - b))
 
 # %% ../../nbs/layers/02_activations.ipynb #f8618161
 @register('softmax_plus_one')
 class SoftmaxPlusOne(Softmax):
-    "exp(s'_j) / (1 + sum_l exp(s'_l)): softmax with a silent kernel of logit zero, so that a query may take nothing (Miller 2023)."
+    """exp(s'_j) / (1 + sum_l exp(s'_l)): softmax with a silent kernel of logit zero, so that a query may
+    take nothing (Miller 2023)."""
     family = 'fused'
 
     def normalise(self, scores): return F.pad(scores, (0, 1)).softmax(-1)[..., :-1]
@@ -401,14 +424,16 @@ class SoftmaxPlusOne(Softmax):
 # %% ../../nbs/layers/02_activations.ipynb #8f580fb7
 @register('sparsemax')
 class Sparsemax(Softmax):
-    "Of all weights that are at least 0 and sum to 1 (the simplex), those nearest to the scores; most are exactly zero (arXiv 1602.02068)."
+    """Of all weights that are at least 0 and sum to 1 (the simplex), those nearest to the scores; most are
+    exactly zero (arXiv 1602.02068)."""
     family = 'rows'
     normalization = nonlinearity = 'Sparsemax'
 
     def normalise(self, scores):
         s = at_least_float32(scores)
         s = s - s.amax(-1, keepdim=True)
-        ordered = s.sort(-1, descending=True).values.clamp(min=-2)   # what lies 1 below the largest has weight 0: clamping changes nothing
+        ordered = s.sort(-1, descending=True).values
+        ordered = ordered.clamp(min=-2)      # what lies 1 below the largest has weight 0: clamping changes nothing
         count = torch.arange(1, s.shape[-1] + 1, device=s.device, dtype=s.dtype)
         excess = ordered.cumsum(-1) - 1
         support = (count * ordered > excess).sum(-1, keepdim=True)
@@ -417,7 +442,8 @@ class Sparsemax(Softmax):
 
     @staticmethod
     def formula(s, b, head_dim=None, temperature=None):
-        "Which weights are positive is found by bisection; they are then lowered together until they sum to one."
+        """Which weights are positive is found by bisection; they are then lowered together until they sum
+        to one."""
         score = s / (temperature or math.sqrt(head_dim)) + b
         low, high = score.real.max() - 1, score.real.max()
         for _ in range(60):

@@ -24,13 +24,15 @@ from .selection import create_selection
 def as_selection(
     mask: Tensor, # bool, True = selected; or additive: 0 = selected, -100 or less = not
 ) -> Tensor:      # bool
-    "A mask as a 0/1 selection. Raises ValueError for an additive mask with values in between, which selects nothing and forbids nothing."
+    """A mask as a 0/1 selection. Raises ValueError for an additive mask with values in between, which
+    selects nothing and forbids nothing."""
     if mask.dtype == torch.bool: return mask
     readable = type(mask) in (Tensor, nn.Parameter) and not mask.is_meta
     if readable and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         between = (mask != 0) & (mask > -100)
         if between.any():
-            raise ValueError(f'an additive mask must hold 0 (selected) and -100 or less (not selected), this one has {mask[between][0].item()}; '
+            raise ValueError('an additive mask must hold 0 (selected) and -100 or less (not selected), '
+                             f'this one has {mask[between][0].item()}; '
                              'outside softmax pass a bool mask, and biases as pos="rel"')
     return mask == 0
 
@@ -39,7 +41,8 @@ def align_mask(
     mask: Tensor | None, # (n, m); (windows, n, m), Swin's; or (b, 1 or h, n, m)
     batch: int,          # images times windows
 ) -> Tensor | None:      # broadcasts to (batch, h, n, m)
-    "Give a mask the axes of the logits. Windows are the fast axis of the batch, as Swin orders them. ValueError if they do not divide it."
+    """Give a mask the axes of the logits. Windows are the fast axis of the batch, as Swin orders them.
+    ValueError if they do not divide it."""
     if mask is None or mask.ndim in (2, 4): return mask
     if mask.ndim != 3 or batch % mask.shape[0]:
         raise ValueError(f'mask of shape {tuple(mask.shape)} does not fit a batch of {batch}; give (n, m), '
@@ -48,7 +51,8 @@ def align_mask(
 
 # %% ../../nbs/layers/05_attention.ipynb #a49ac225
 class TokenMixer(nn.Module):
-    "What attention and its depth-wise variant have in common: heads, grid, position table, selection and output projection."
+    """What attention and its depth-wise variant have in common: heads, grid, position table, selection and
+    output projection."""
     def __init__(self,
         dim: int,                             # channels of a token, D
         num_heads: int = 8,                   # heads h
@@ -62,20 +66,26 @@ class TokenMixer(nn.Module):
         device=None, dtype=None,
     ):
         super().__init__()
-        if pos not in (None, 'rel'): raise ValueError(f"unknown pos {pos!r}; choose 'rel' for a relative position table or None")
-        if pos == 'rel' and grid_size is None: raise ValueError("pos='rel' needs grid_size=(H, W), the map or window that the tokens lie on")
-        if head_dim is None and dim % num_heads: raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the divisors of {dim}, or give head_dim')
+        if pos not in (None, 'rel'):
+            raise ValueError(f"unknown pos {pos!r}; choose 'rel' for a relative position table or None")
+        if pos == 'rel' and grid_size is None:
+            raise ValueError("pos='rel' needs grid_size=(H, W), the map or window that the tokens lie on")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the '
+                             f'divisors of {dim}, or give head_dim')
         self.dim, self.num_heads, self.head_dim = dim, num_heads, head_dim or dim // num_heads
         self.grid_size = None if grid_size is None else to_2tuple(grid_size)
         self.num_prefix_tokens = num_prefix_tokens
         self.num_tables = num_tables or num_heads
-        self.selection = create_selection(selection, self.grid_size, num_heads, num_prefix_tokens, **selection_options or {})
+        options = selection_options or {}
+        self.selection = create_selection(selection, self.grid_size, num_heads, num_prefix_tokens, **options)
         self.live_grid = None
         self.make_table(pos, device, dtype)
 
     @property
     def live_grid(self) -> tuple[int, int] | None:
-        "(H, W) of the image at hand, set by models that take images of any size; None: the grid it was built for"
+        """(H, W) of the image at hand, set by models that take images of any size; None: the grid it was
+        built for"""
         return self._live_grid
 
     @live_grid.setter
@@ -91,7 +101,9 @@ def make_table(self: TokenMixer,
 ) -> None:                    # registers `relative_position_bias_table`, ((2H-1)(2W-1), num_tables), or None
     "Make the position table. A soft selection mixes kernels of many places, so it has none."
     soft = self.selection is not None and not self.selection.hard
-    if pos and soft: raise ValueError("pos='rel' ties a bias to each kernel, which a soft selection mixes; choose pos=None or a hard selection")
+    if pos and soft:
+        raise ValueError("pos='rel' ties a bias to each kernel, which a soft selection mixes; choose "
+                         "pos=None or a hard selection")
     table = None
     if pos:
         h, w = self.grid_size
@@ -152,7 +164,8 @@ def select(self: TokenMixer,
 # %% ../../nbs/layers/05_attention.ipynb #d4ac9f28
 @patch
 def bank_is_grid(self: TokenMixer) -> bool:
-    "Does the activation weigh one kernel per token of the grid? After a soft selection the bank has its own size."
+    """Does the activation weigh one kernel per token of the grid? After a soft selection the bank has its
+    own size."""
     soft = self.selection is not None and not self.selection.hard
     return isinstance(getattr(self, 'act', None), nn.Module) and self.grid_size is not None and not soft
 
@@ -177,10 +190,13 @@ def activation_on_grid(
     act: nn.Module,   # an activation, not changed
     resize: Callable, # of a per-kernel parameter
 ) -> Callable:        # (logits, bias=, mask=) -> weights
-    "The activation with per-kernel parameters resized in passing; gradients reach the parameters that are stored."
+    """The activation with per-kernel parameters resized in passing; gradients reach the parameters that are
+    stored."""
     resized = act.resized_parameters(resize) if hasattr(act, 'resized_parameters') else {}
     if not resized: return act
-    return lambda logits, bias=None, mask=None: torch.func.functional_call(act, resized, (logits,), dict(bias=bias, mask=mask))
+    def on_grid(logits, bias=None, mask=None):
+        return torch.func.functional_call(act, resized, (logits,), dict(bias=bias, mask=mask))
+    return on_grid
 
 def with_dropout(
     act: Callable,   # an activation
@@ -198,7 +214,9 @@ def set_grid_size(self: TokenMixer,
     new, old = to_2tuple(grid_size), self.grid_size
     if old in (None, new): return
     table = self.relative_position_bias_table
-    if table is not None: self.relative_position_bias_table = nn.Parameter(resize_table(table.detach(), old, new), table.requires_grad)
+    if table is not None:
+        resized = resize_table(table.detach(), old, new)
+        self.relative_position_bias_table = nn.Parameter(resized, table.requires_grad)
     if self.selection is not None: self.selection.set_grid_size(new)
     if self.bank_is_grid(): resize_activation(self.act, partial(self.resize_weights, new_grid=new))
     self.grid_size = new
@@ -221,7 +239,8 @@ def split_heads(
 # %% ../../nbs/layers/05_attention.ipynb #94d66f96
 @register_notrace_module
 class DynamicConvAttention(TokenMixer):
-    "Multi-head self-attention as dynamic convolutions, in place of timm's `Attention` or `WindowAttention` (section 3.2, Eq. 1, 2 and 4)."
+    """Multi-head self-attention as dynamic convolutions, in place of timm's `Attention` or
+    `WindowAttention` (section 3.2, Eq. 1, 2 and 4)."""
     def __init__(self,
         dim: int,                                # channels of a token, D
         num_heads: int = 8,                      # heads h
@@ -239,19 +258,27 @@ class DynamicConvAttention(TokenMixer):
         backend: Callable = attention,           # how it is computed: any function equal to `attention`
         device=None, dtype=None, **mixer,        # `pos`, `grid_size`, `num_prefix_tokens`, `selection`: see `TokenMixer`
     ):
-        if scale_norm: raise ValueError("scale_norm=True puts a norm between values and projection, which the paper's block lacks; build the model without it")
+        if scale_norm:
+            raise ValueError("scale_norm=True puts a norm between values and projection, which the paper's "
+                             "block lacks; build the model without it")
         placed = dict(device=device, dtype=dtype)
         super().__init__(dim, num_heads, head_dim, **mixer, **placed)
         self.qkv = nn.Linear(dim, 3 * self.num_heads * self.head_dim, bias=qkv_bias, **placed)
         self.q_norm = norm_layer(self.head_dim, **placed) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **placed) if qk_norm else nn.Identity()
-        self.act = create_activation(activation, num_kernels=num_kernels or self.bank_size(), head_dim=self.head_dim, **activation_options or {}).to(**placed)
+        options = dict(num_kernels=num_kernels or self.bank_size(), head_dim=self.head_dim) | (activation_options or {})
+        self.act = create_activation(activation, **options).to(**placed)
         self.attn_drop = nn.Dropout(attn_drop)
         self.make_output(proj_bias, proj_drop, **placed)
         self.backend = backend
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        "(b, n, dim) to (b, n, dim). `mask` (or timm's other name, `attn_mask`) is bool or additive: (n, n), (windows, n, n) or (b, h, n, n)."
+    def forward(self,
+        x: Tensor,                       # (b, n, dim) tokens
+        mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
+        attn_mask: Tensor | None = None, # timm's other name for it
+        is_causal: bool = False,         # a token sees itself and those before it
+    ) -> Tensor:                         # (b, n, dim)
+        "Static conv, dynamic conv, activation, dynamic conv, static conv."
         q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
         q, k = self.q_norm(q), self.k_norm(k)
         bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal, self.takes_additive_masks())
@@ -262,13 +289,15 @@ class DynamicConvAttention(TokenMixer):
 # %% ../../nbs/layers/05_attention.ipynb #12b0fb02
 @patch
 def bank_size(self: TokenMixer) -> int | None:
-    "How many kernels a position finds: what a soft selection makes, or all tokens; None if no grid was given."
+    """How many kernels a position finds: what a soft selection makes, or all tokens; None if no grid was
+    given."""
     if self.selection is not None and not self.selection.hard: return self.selection.num_kernels
     return None if self.grid_size is None else self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
 
 @patch
 def takes_additive_masks(self: DynamicConvAttention) -> bool:
-    "May a mask of 0 and -100 stay a bias? Where it enters the logits and kernels compete; sigmoid counts the selected ones."
+    """May a mask of 0 and -100 stay a bias? Where it enters the logits and kernels compete; sigmoid counts
+    the selected ones."""
     if self.selection is not None: return False   # a selection joins masks of True and False
     return getattr(self.act, 'bias_in_logits', False) and getattr(self.act, 'communication', False)
 
@@ -284,7 +313,8 @@ def current_activation(self: DynamicConvAttention) -> Callable:
 def copy_module(
     module: nn.Module, # any module
 ) -> nn.Module:        # an equal one that shares nothing with it
-    "`copy.deepcopy`, also of modules that keep a computed tensor as an attribute, as old-style weight and spectral norm do."
+    """`copy.deepcopy`, also of modules that keep a computed tensor as an attribute, as old-style weight and
+    spectral norm do."""
     memo = {}
     for part in module.modules():
         for value in vars(part).values():
@@ -307,23 +337,30 @@ def layer_size(
     if is_plain_linear(layer): return layer.in_features, layer.out_features
     kind = f'{name} is a {type(layer).__module__}.{type(layer).__name__}'
     taken = next((m.in_features for m in layer.modules() if hasattr(m, 'in_features')), None)
-    if taken is None: raise ValueError(f'{kind} without in_features, so its shape is unknown; give the class that attribute, or put an nn.Linear there')
+    if taken is None:
+        raise ValueError(f'{kind} without in_features, so its shape is unknown; give the class that '
+                         'attribute, or put an nn.Linear there')
     weights = [t for t in layer.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
     like = weights[0] if weights else torch.empty(0)
     try: given = copy_module(layer).eval()(torch.zeros(1, 1, taken, dtype=like.dtype, device=like.device)).shape[-1]
-    except Exception as e: raise ValueError(f'{kind} that fails on an input of {taken} channels ({e}); put an nn.Linear there') from e
+    except Exception as e:
+        raise ValueError(f'{kind} that fails on an input of {taken} channels ({e}); put an nn.Linear there') from e
     return taken, given
 
 # %% ../../nbs/layers/05_attention.ipynb #0c305a53
 def timm_settings(
     attn: nn.Module, # timm's `Attention` or `WindowAttention`, or a mixer of this library
 ) -> dict:           # keyword arguments of a mixer of the same shape
-    "The shape of an attention module. ValueError, naming the module and the reason, where it has parts that the paper's block lacks."
+    """The shape of an attention module. ValueError, naming the module and the reason, where it has parts
+    that the paper's block lacks."""
     kind, projection = type(attn).__name__, 'qk' if hasattr(attn, 'qk') else 'qkv'
     extra = [part for part in ('gate', 'norm') if not isinstance(getattr(attn, part, None), (type(None), nn.Identity))]
     if not all(hasattr(attn, part) for part in (projection, 'proj', 'num_heads')):
-        raise ValueError(f"{kind} is no attention with qkv, proj and num_heads; only timm's Attention and WindowAttention can be taken over")
-    if extra: raise ValueError(f"{kind} has {' and '.join(extra)}, which the block of the paper lacks; only timm's Attention and WindowAttention can be taken over")
+        raise ValueError(f"{kind} is no attention with qkv, proj and num_heads; only timm's Attention and "
+                         "WindowAttention can be taken over")
+    if extra:
+        raise ValueError(f"{kind} has {' and '.join(extra)}, which the block of the paper lacks; only "
+                         "timm's Attention and WindowAttention can be taken over")
     parts = 2 if projection == 'qk' else 3
     dim, width = layer_size(getattr(attn, projection), f'{projection} of {kind}')
     inner, _ = layer_size(attn.proj, f'proj of {kind}')
@@ -353,7 +390,8 @@ def copy_weights(
     layers: list,     # names of the layers that are carried over as they are
     **placed,         # `device` and `dtype`, where they shall differ
 ) -> None:
-    "Carry layers over with all that belongs to them, the position table (resized to the new grid, repeated for more tables), and an equal activation's parameters."
+    """Carry layers over with all that belongs to them, the position table (resized to the new grid,
+    repeated for more tables), and an equal activation's parameters."""
     for name in layers:
         if hasattr(old, name): setattr(new, name, copy_module(getattr(old, name)).to(**placed))
     table, old_table = new.relative_position_bias_table, getattr(old, 'relative_position_bias_table', None)
@@ -373,8 +411,11 @@ def from_timm(cls: DynamicConvAttention,
     attn: nn.Module, # timm's `Attention` or `WindowAttention`
     **settings,      # what shall differ: `activation`, `pos`, `grid_size`, `num_prefix_tokens`, `backend`, ...
 ) -> DynamicConvAttention:
-    "A module with the layers of one of timm's, exactly as they are, adapters and parametrizations included. What only the new one has starts afresh."
-    if not hasattr(attn, 'qkv') and hasattr(attn, 'qk'): raise ValueError(f'{type(attn).__name__} has no values, which dynamic convolutions d -> n -> d need; start from the module it was made of')
+    """A module with the layers of one of timm's, exactly as they are, adapters and parametrizations
+    included. What only the new one has starts afresh."""
+    if not hasattr(attn, 'qkv') and hasattr(attn, 'qk'):
+        raise ValueError(f'{type(attn).__name__} has no values, which dynamic convolutions d -> n -> d '
+                         'need; start from the module it was made of')
     ours = cls(**timm_settings(attn) | dict(attn_drop=attn.attn_drop.p) | settings)
     placed = {name: settings[name] for name in ('device', 'dtype') if name in settings}
     copy_weights(ours, attn, ['qkv', 'q_norm', 'k_norm', 'proj'], **placed)

@@ -36,7 +36,8 @@ def static_conv(
     weight: Tensor,             # (m, d) one 1x1 kernel per row, the same for every image
     bias: Tensor | None = None, # (m,)
 ) -> Tensor:                    # (b, m, h, w) one channel per kernel
-    "A 1x1 convolution with fixed kernels. `weight` is a linear layer's, in its own layout (section 3.1, Eq. 1)."
+    """A 1x1 convolution with fixed kernels. `weight` is a linear layer's, in its own layout (section 3.1,
+    Eq. 1)."""
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 # %% ../../nbs/layers/00_conv.ipynb #79c66a50

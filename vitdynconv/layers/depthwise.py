@@ -11,7 +11,8 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from timm.layers import register_notrace_module
-from .attention import TokenMixer, copy_module, copy_weights, is_plain_linear, split_heads, timm_settings
+from .attention import TokenMixer, split_heads
+from .attention import copy_module, copy_weights, is_plain_linear, timm_settings
 from .equivalence import with_position
 
 # %% ../../nbs/layers/06_depthwise.ipynb #b9688281
@@ -37,10 +38,12 @@ def depthwise_attention(
     check_depthwise(q, k, bias, mask)
     y = q * mean_kernel(k, mask)
     if bias is None: return y
-    if bias.shape[0] == q.shape[-3]: return y + (bias if mask is None else bias * mask) @ k   # one table per head
-    per_channel = bias.unflatten(0, (q.shape[-3], q.shape[-1]))                               # (h, d, n, m)
-    if mask is not None: per_channel = per_channel * mask.unsqueeze(-3)                       # (..., h, d, n, m)
-    return y + (per_channel @ k.transpose(-2, -1).unsqueeze(-1)).squeeze(-1).transpose(-2, -1)                              # b_ij k_j, channel by channel
+    if bias.shape[0] == q.shape[-3]:                                  # one table per head
+        return y + (bias if mask is None else bias * mask) @ k
+    per_channel = bias.unflatten(0, (q.shape[-3], q.shape[-1]))       # (h, d, n, m)
+    if mask is not None: per_channel = per_channel * mask.unsqueeze(-3)
+    columns = k.transpose(-2, -1).unsqueeze(-1)                       # (..., h, d, m, 1)
+    return y + (per_channel @ columns).squeeze(-1).transpose(-2, -1)  # b_ij k_j, channel by channel
 
 # %% ../../nbs/layers/06_depthwise.ipynb #ef1cd845
 def check_depthwise(
@@ -53,11 +56,16 @@ def check_depthwise(
     h, n, d = q.shape[-3:]
     m = k.shape[-2]
     if q.shape[:-2] != k.shape[:-2] or k.shape[-1] != d:
-        raise ValueError(f'queries {tuple(q.shape)} and keys {tuple(k.shape)} differ in batch, heads or channels; a depth-wise kernel has as many channels as the map')
+        raise ValueError(f'queries {tuple(q.shape)} and keys {tuple(k.shape)} differ in batch, heads or '
+                         'channels; a depth-wise kernel has as many channels as the map')
     if bias is not None and (bias.ndim != 3 or bias.shape[0] not in (h, h * d) or bias.shape[1:] != (n, m)):
-        raise ValueError(f'bias of shape {tuple(bias.shape)} does not fit {h} heads of {d} channels, {n} positions and {m} kernels; give ({h}, {n}, {m}) for one table per head or ({h * d}, {n}, {m}) for one per channel')
+        raise ValueError(f'bias of shape {tuple(bias.shape)} does not fit {h} heads of {d} channels, {n} '
+                         f'positions and {m} kernels; give ({h}, {n}, {m}) for one table per head or '
+                         f'({h * d}, {n}, {m}) for one per channel')
     if mask is not None and (mask.dtype != torch.bool or mask.shape[-2] not in (1, n) or mask.shape[-1] != m):
-        raise ValueError(f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} does not fit {n} positions and {m} kernels; give a bool mask (..., {n}, {m}), True where a kernel is selected')
+        raise ValueError(f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} does not fit {n} '
+                         f'positions and {m} kernels; give a bool mask (..., {n}, {m}), True where a '
+                         'kernel is selected')
 
 # %% ../../nbs/layers/06_depthwise.ipynb #fbc90822
 @register_notrace_module
@@ -78,20 +86,32 @@ class DepthwiseSelfAttention(TokenMixer):
         backend: Callable = depthwise_attention, # how it is computed: any function equal to `depthwise_attention`
         device=None, dtype=None, **mixer,        # `pos`, `grid_size`, `num_prefix_tokens`, `selection`: see `TokenMixer`
     ):
-        if scale_norm: raise ValueError("scale_norm=True puts a norm in front of the projection, which the paper's block lacks; build the model without it")
-        if attn_drop: raise ValueError(f'attn_drop={attn_drop} drops weights of kernels, but depth-wise kernels are averaged and have no weights; pass attn_drop=0 (for a timm model: build it with attn_drop_rate=0) and, if needed, use proj_drop')
-        if pos_per not in ('head', 'channel'): raise ValueError(f"unknown pos_per {pos_per!r}; choose 'head' or 'channel'")
+        if scale_norm:
+            raise ValueError("scale_norm=True puts a norm in front of the projection, which the paper's "
+                             "block lacks; build the model without it")
+        if attn_drop:
+            raise ValueError(f'attn_drop={attn_drop} drops weights of kernels, but depth-wise kernels are '
+                             'averaged and have no weights; pass attn_drop=0 (for a timm model: build it '
+                             'with attn_drop_rate=0) and, if needed, use proj_drop')
+        if pos_per not in ('head', 'channel'):
+            raise ValueError(f"unknown pos_per {pos_per!r}; choose 'head' or 'channel'")
         placed = dict(device=device, dtype=dtype)
         inner = head_dim * num_heads if head_dim else dim
-        super().__init__(dim, num_heads, head_dim, num_tables=num_heads if pos_per == 'head' else inner, **mixer, **placed)
+        num_tables = num_heads if pos_per == 'head' else inner
+        super().__init__(dim, num_heads, head_dim, num_tables=num_tables, **mixer, **placed)
         self.qk = nn.Linear(dim, 2 * inner, bias=qkv_bias, **placed)
         self.q_norm = norm_layer(self.head_dim, **placed) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **placed) if qk_norm else nn.Identity()
         self.make_output(proj_bias, proj_drop, **placed)
         self.pos_per, self.backend = pos_per, backend
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        "(b, n, dim) to (b, n, dim). `mask` (or timm's other name, `attn_mask`) is bool or additive: (n, n), (windows, n, n) or (b, h, n, n)."
+    def forward(self,
+        x: Tensor,                       # (b, n, dim) tokens
+        mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
+        attn_mask: Tensor | None = None, # timm's other name for it
+        is_causal: bool = False,         # a token sees itself and those before it
+    ) -> Tensor:                         # (b, n, dim)
+        "Eq. 5 between its projections."
         q, k = split_heads(self.qk(x), 2, self.head_dim)              # (b, h, n, d) each
         q, k = self.q_norm(q), self.k_norm(k)
         _, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal)
@@ -104,12 +124,15 @@ class DepthwiseSelfAttention(TokenMixer):
 def query_and_key(
     attn: nn.Module, # timm's `Attention` or `WindowAttention`, or a depth-wise mixer
 ) -> nn.Linear:      # the rows of `qkv` that make queries and keys
-    "Cut the value projection off. ValueError where `qkv` is no plain linear layer, whose rows can be told apart."
+    """Cut the value projection off. ValueError where `qkv` is no plain linear layer, whose rows can be told
+    apart."""
     if hasattr(attn, 'qk'): return copy_module(attn.qk)
     qkv = attn.qkv
     if not is_plain_linear(qkv):
-        raise ValueError(f'qkv of {type(attn).__name__} is a {type(qkv).__module__}.{type(qkv).__name__} with {", ".join(qkv.state_dict()) or "no weights"}; depth-wise attention keeps the rows '
-                         'of query and key only, which can be cut out of a plain nn.Linear: merge or remove the parametrization, adapter or quantisation first')
+        weights = ', '.join(qkv.state_dict()) or 'no weights'
+        raise ValueError(f'qkv of {type(attn).__name__} is a {type(qkv).__module__}.{type(qkv).__name__} with {weights}; '
+                         'depth-wise attention keeps the rows of query and key only, which can be cut out of a plain '
+                         'nn.Linear: merge or remove the parametrization, adapter or quantisation first')
     rows = 2 * qkv.out_features // 3
     qk = nn.Linear(qkv.in_features, rows, bias=qkv.bias is not None, device=qkv.weight.device, dtype=qkv.weight.dtype)
     qk.weight.copy_(qkv.weight[:rows]).requires_grad_(qkv.weight.requires_grad)
@@ -122,7 +145,8 @@ def from_timm(cls: DepthwiseSelfAttention,
     attn: nn.Module, # timm's `Attention` or `WindowAttention`
     **settings,      # what shall differ: `pos`, `pos_per`, `grid_size`, `num_prefix_tokens`, `backend`, ...
 ) -> DepthwiseSelfAttention:
-    "A depth-wise module with the query, key and output projections of one of timm's, and its position tables; `Wv` is dropped."
+    """A depth-wise module with the query, key and output projections of one of timm's, and its position
+    tables; `Wv` is dropped."""
     drop = attn.attn_drop.p if hasattr(attn, 'attn_drop') else 0.
     ours = cls(**timm_settings(attn) | dict(attn_drop=drop) | settings)
     placed = {name: settings[name] for name in ('device', 'dtype') if name in settings}

@@ -15,11 +15,12 @@ from .conv import dynamic_conv_grouped
 
 # %% ../../nbs/layers/01_equivalence.ipynb #cfc1c3ac
 def as_activation(
-    activation: str | Callable, # a name in `vitdynconv.layers.activations.ACTIVATIONS`, or a callable `(logits, bias=, mask=) -> weights`
+    activation: str | Callable, # a name in `ACTIVATIONS`, or a callable `(logits, bias=, mask=) -> weights`
     q: Tensor,                  # (..., n, d) queries: head dimension, dtype and device
     num_kernels: int,           # number of kernels in the bank
 ) -> Callable:                  # the callable
-    "The activation itself, or a fresh one by name. Raises ValueError for an unknown name, with the names there are."
+    """The activation itself, or a fresh one by name. Raises ValueError for an unknown name, with the names
+    there are."""
     if callable(activation): return activation
     from vitdynconv.layers.activations import create_activation  # the registry comes later in the story
     return create_activation(activation, num_kernels=num_kernels, head_dim=q.shape[-1]).to(q)
@@ -34,9 +35,11 @@ def check_shapes(
 ) -> None:                      # nothing: raises ValueError with the shape found, the shape needed and what to do
     "Refuse queries, kernels, bias or mask that do not fit together."
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f'queries have {q.shape[-1]} channels and keys {k.shape[-1]}; project both to the same head dimension')
+        raise ValueError(f'queries have {q.shape[-1]} channels and keys {k.shape[-1]}; project both to the '
+                         'same head dimension')
     if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f'keys {tuple(k.shape)} and values {tuple(v.shape)} come in pairs; give both the same number of kernels')
+        raise ValueError(f'keys {tuple(k.shape)} and values {tuple(v.shape)} come in pairs; give both the '
+                         'same number of kernels')
     logits = (*q.shape[:-1], k.shape[-2])
     check_fits('bias', bias, logits)
     check_fits('mask', mask, logits)
@@ -70,11 +73,12 @@ def attention(
     k: Tensor,                              # (..., h, m, d) keys: the bank of m kernels, d -> m
     v: Tensor,                              # (..., h, m, d) values: their partners, m -> d
     activation: str | Callable = 'softmax', # what stands between the two convolutions
-    bias: Tensor | None = None,             # broadcasts to (..., h, n, m): added to the logits or to the weights, as the activation says
+    bias: Tensor | None = None,             # broadcasts to (..., h, n, m); the activation adds it
     mask: Tensor | None = None,             # bool, broadcasts to (..., h, n, m): True where a kernel is selected
     position=None,                          # `RelativePosition`: a table whose `bias()` is added to `bias`
 ) -> Tensor:                                # (..., h, n, d)
-    "Multi-head self-attention between its projections, as two matrix products (section 3.1, Eq. 2). ValueError for shapes that do not fit."
+    """Multi-head self-attention between its projections, as two matrix products (section 3.1, Eq. 2).
+    ValueError for shapes that do not fit."""
     bias = with_position(bias, position)
     check_shapes(q, k, v, bias, mask)
     activation = as_activation(activation, q, k.shape[-2])
@@ -91,7 +95,8 @@ def attention_as_convs(
     mask: Tensor | None = None,             # bool, broadcasts to (..., h, n, m)
     position=None,                          # `RelativePosition`: a table whose `bias()` is added to `bias`
 ) -> Tensor:                                # (..., h, n, d)
-    "`attention` as dynamic convolution, activation, dynamic convolution, each a literal grouped `F.conv2d` (section 3.2, Figure 1)."
+    """`attention` as dynamic convolution, activation, dynamic convolution, each a literal grouped
+    `F.conv2d` (section 3.2, Figure 1)."""
     bias = with_position(bias, position)
     check_shapes(q, k, v, bias, mask)
     activation = as_activation(activation, q, k.shape[-2])
@@ -107,7 +112,8 @@ def attention_as_convs(
 
 # %% ../../nbs/layers/01_equivalence.ipynb #b2014101
 class DynamicConvBlock(nn.Module):
-    "Self-attention as the ConvNet block of Figure 1: static conv, dynamic conv, activation, dynamic conv, static conv."
+    """Self-attention as the ConvNet block of Figure 1: static conv, dynamic conv, activation, dynamic conv,
+    static conv."""
     def __init__(self,
         dim: int,                                # channels of the feature map
         num_heads: int = 8,                      # heads; each sees `dim // num_heads` channels
@@ -115,7 +121,9 @@ class DynamicConvBlock(nn.Module):
         activation: str | Callable = 'softmax',  # what stands between the dynamic convolutions
     ):
         super().__init__()
-        if dim % num_heads: raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the divisors of {dim}')
+        if dim % num_heads:
+            raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the '
+                             f'divisors of {dim}')
         self.num_heads, self.activation = num_heads, activation
         self.query = nn.Conv2d(dim, dim, 1, bias=bias)
         self.key = nn.Conv2d(dim, dim, 1, bias=bias)     # the kernel generator of the first dynamic convolution
@@ -140,7 +148,8 @@ LAYOUTS = dict(
 def attention_to_convs(
     state: dict[str, Tensor], # state dict of timm's `Attention` or of `nn.MultiheadAttention`
 ) -> dict[str, Tensor]:       # state dict of the same block as `DynamicConvBlock`
-    "The weights of a self-attention module as those of four 1x1 convolutions. Raises ValueError if neither layout fits."
+    """The weights of a self-attention module as those of four 1x1 convolutions. Raises ValueError if
+    neither layout fits."""
     layout = next((names for names in LAYOUTS.values() if names[0] in state), None)
     if layout is None:
         raise ValueError(f'no self-attention weights among {sorted(state)}; give a state dict with '

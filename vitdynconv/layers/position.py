@@ -20,7 +20,8 @@ def rel_pos_index(
     grid_size: tuple[int, int], # (H, W)
     device=None,                # where the result lives
 ) -> Tensor:                    # (H*W, H*W) long: the table's row for each pair (i, j), i the query
-    "Which entry of the table belongs to positions i and j: the offset i - j, shifted to start at zero (Swin's order)."
+    """Which entry of the table belongs to positions i and j: the offset i - j, shifted to start at zero
+    (Swin's order)."""
     h, w = grid_size
     position = torch.arange(h * w, device=device)
     y = position // w
@@ -53,7 +54,8 @@ def table_to_kernel(
 def kernel_to_table(
     kernel: Tensor, # (c, 2H-1, 2W-1)
 ) -> Tensor:        # ((2H-1)(2W-1), c)
-    "The inverse of `table_to_kernel`: any odd-sized depth-wise kernel is a relative position table of the grid it spans."
+    """The inverse of `table_to_kernel`: any odd-sized depth-wise kernel is a relative position table of the
+    grid it spans."""
     height, width = kernel.shape[1:]
     if height % 2 == 0 or width % 2 == 0:
         raise ValueError(f'a kernel of {height} x {width} spans no grid; give odd sizes (2H-1, 2W-1)')
@@ -65,15 +67,18 @@ def resize_table(
     old_grid: tuple[int, int], # (H, W)
     new_grid: tuple[int, int], # (H', W')
 ) -> Tensor:                   # ((2H'-1)(2W'-1), c)
-    "A relative position table for another grid, by timm's interpolation of it as an image. Unchanged if the grid is."
+    """A relative position table for another grid, by timm's interpolation of it as an image. Unchanged if
+    the grid is."""
     h, w = old_grid
     new_h, new_w = new_grid
     offsets = (2 * h - 1) * (2 * w - 1)
     if table.shape[0] != offsets:
-        raise ValueError(f'a table of {table.shape[0]} entries does not belong to a grid of {h} x {w}, which has {offsets} offsets')
+        raise ValueError(f'a table of {table.shape[0]} entries does not belong to a grid of {h} x {w}, '
+                         f'which has {offsets} offsets')
     if (h, w) == (new_h, new_w): return table
     shape = (2 * new_h - 1) * (2 * new_w - 1), table.shape[1]
-    resize = partial(resize_rel_pos_bias_table, new_window_size=(new_h, new_w), old_window_size=(h, w), new_bias_shape=shape)
+    sizes = dict(new_window_size=(new_h, new_w), old_window_size=(h, w), new_bias_shape=shape)
+    resize = partial(resize_rel_pos_bias_table, **sizes)
     if torch.compiler.is_compiling(): return resize(table)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # timm's interpolation indexes in a way that newer torch deprecates
@@ -86,7 +91,8 @@ def resize_per_kernel(
     new_grid: tuple[int, int],  # (H', W')
     num_prefix_tokens: int = 0, # entries in front that stay as they are
 ) -> Tensor:                    # (num_prefix_tokens + H'*W', ...)
-    "Per-kernel weights (LayerNorm over kernels) for another grid, by bicubic interpolation of the grid's part. Unchanged if the grid is."
+    """Per-kernel weights (LayerNorm over kernels) for another grid, by bicubic interpolation of the grid's
+    part. Unchanged if the grid is."""
     if tuple(old_grid) == tuple(new_grid): return weight
     prefix, grid = weight[:num_prefix_tokens], weight[num_prefix_tokens:]
     image = grid.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
