@@ -22,7 +22,8 @@ from ..tools.files import check_target, save_rows
 from ..layers.conv import to_map, to_tokens
 from ..tools.testing import difference
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, Involution2d, KernelAttention2d
+from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, Involution2d
+from ..layers.kxk import KernelAttention2d
 from ..layers.equivalence import DynamicConvBlock, attention, attention_as_convs, attention_to_convs
 from .space import Windowed, literally
 from ..layers.position import table_to_bias, table_to_kernel

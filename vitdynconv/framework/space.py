@@ -28,7 +28,8 @@ from ..layers.attention import DynamicConvAttention
 from ..layers.conv import to_map, to_tokens
 from ..tools.testing import difference
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, KernelAttention2d
+from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d
+from ..layers.kxk import KernelAttention2d
 from ..layers.equivalence import attention_as_convs, with_position
 from ..layers.selection import ProjectedKernels, WindowKernels
 from ..models.paper import TABLE1
