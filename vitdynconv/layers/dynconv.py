@@ -88,7 +88,7 @@ def conv_per_image(
     **kwargs,                   # stride, padding and dilation, as for `F.conv2d`
 ) -> Tensor:                    # (b, out, *map)
     "A convolution with kernels of its own for each image, by one `F.conv1d`, `F.conv2d` or `F.conv3d`."
-    if len(x) == 0 or exporting(): return conv_by_patches(x, weight, bias, groups, **kwargs)
+    if exporting() or x.shape[0] == 0: return conv_by_patches(x, weight, bias, groups, **kwargs)
     conv = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     b, out = weight.shape[:2]
     if bias is not None: bias = bias.flatten()
@@ -239,7 +239,8 @@ def check_generated(kernel_size: tuple, per: str) -> None:
     "ValueError for an even size, or for kernels per anything else."
     if per not in PER: raise ValueError(f"unknown per={per!r}; choose 'position' or 'image'")
     if any(k < 1 or k % 2 == 0 for k in kernel_size):
-        raise ValueError(f'kernel_size={kernel_size} has no centre; choose odd sizes')
+        shown = kernel_size if len(set(kernel_size)) > 1 else kernel_size[0]
+        raise ValueError(f'kernel_size={shown} has no center; choose odd sizes')
 
 @register_notrace_module
 class GeneratedConv2d(nn.Module):
