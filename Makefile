@@ -38,7 +38,7 @@ docs: $(READY) ## build the site into _docs/
 	@$(BIN)/python .ci/notebooks.py readme  # newer than the index, so that nbdev leaves it alone
 	@$(BIN)/nbdev_docs
 
-bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, model, training or data
+bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, model, systems, scaling, training or data
 	@$(BIN)/vdc_bench --suite $(SUITE)
 
 study: $(READY) ## train every row of Table 2 at toy size, or go on with it (an hour or two); STUDY=quick for a taste

@@ -95,3 +95,19 @@ def test_the_notebook_stores_the_page():
     outputs = [o for c in json.loads(PAGE.read_text())["cells"] for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
     stored, = ("".join(o["data"]["text/html"]) for o in outputs)
     assert stored.count("<script>") == 1 and "image/png;base64" in stored and NETWORK.strip() in stored
+
+
+def test_pointing_at_a_map_shows_where_its_kernel_is_used():
+    "A row of the matrix for the position that was chosen, a column for the one that is pointed at, and the row again afterwards."
+    photo = photograph(size=(48, 72))
+    script = re.search(r"<script>(.*)</script>", explore_page(photo, position=(1, 2), dim=12), re.S)[1]
+    row, column, again, channel, hint = node(STAGE + script.replace("explore(document", "globalThis.net = net; explore(document") + """
+    const map = all(found, 'canvas').slice(9)[2 * 2], picture = () => map.image.filter((_, i) => i % 4 == 1)  // of `scaling`: green
+    const hint = () => all(found, 'p').at(-1).textContent
+    const states = [picture()]
+    map.onpointermove({clientX: 10 + 89, clientY: 20 + 1}); states.push(picture()); const said = hint()
+    map.onpointerleave(); states.push(picture())
+    console.log(JSON.stringify([...states, [...net.channel('ln', 8, 0)], said]))""")
+    assert row == again != column and "row 0, column 8" in hint
+    expected = run_activations(PhotoMixer(photo, dim=12))[1]["ln"].weights[0, :, 8]
+    torch.testing.assert_close(torch.tensor(channel), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())

@@ -29,7 +29,8 @@ def digits_split(
 
 # %% ../../nbs/data/02_digits.ipynb #864a8f6c
 def digit_loaders(
-    train, valid,  # pairs of pictures (n, c, h, w) in [0, 1] and labels (n,)
+    train: tuple,  # pictures (n, c, h, w) in [0, 1] and labels (n,)
+    valid: tuple,  # the same of the held-out ones
     shift,         # every other training draw moves its picture by up to this many pixels each way
     **settings,    # of `tensor_dls`
 ) -> DataLoaders:
@@ -105,12 +106,12 @@ def photo_crops(
     return crops
 
 # %% ../../nbs/data/02_digits.ipynb #131bbe1e
-def uniform(generator, *shape) -> Tensor:
+def uniform(generator: torch.Generator, *shape) -> Tensor:
     "Random numbers from 0 to 1."
     return torch.rand(*shape, generator=generator)
 
 
-def paint(ink: Tensor, background: Tensor, generator) -> Tensor:  # (n, 3, size, size)
+def paint(ink: Tensor, background: Tensor, generator: torch.Generator) -> Tensor:  # (n, 3, size, size)
     "Ink (n, 1, size, size) in a colour that stands out from its background (n, 3, size, size)."
     colour = background.mean((2, 3), keepdim=True)
     away = torch.where(colour.mean(1, keepdim=True) < 0.5, 1, -1)
@@ -119,7 +120,12 @@ def paint(ink: Tensor, background: Tensor, generator) -> Tensor:  # (n, 3, size,
     return background * (1 - ink) + colour * ink
 
 
-def near(centre: Tensor, extent: Tensor, size: int, generator) -> Tensor:  # (n, 1, size, size), True inside
+def near(
+    centre: Tensor,  # (n, 2)
+    extent: Tensor,  # (n, 1) half the side of the digit
+    size: int,
+    generator: torch.Generator,
+) -> Tensor:         # (n, 1, size, size), True inside
     "A rectangle near each digit, up to half as wide and as high as it."
     n = len(centre)
     pixels = (torch.arange(size) + 0.5) / size * 2 - 1
@@ -149,7 +155,7 @@ def clutter(
     return torch.where(near(centre, extent, size, generator), cover, picture)
 
 # %% ../../nbs/data/02_digits.ipynb #dg4check
-def check_clutter(size, channels, copies, scale, light, held_out) -> None:
+def check_clutter(size: int, channels: int, copies: int, scale: tuple, light: float, held_out: str) -> None:
     "Raise a ValueError for a setting that is not valid."
     if not 32 <= size <= 64:
         raise ValueError(f'size={size} is out of range: cluttered digits have 32 to 64 pixels a side')
@@ -166,8 +172,10 @@ def check_clutter(size, channels, copies, scale, light, held_out) -> None:
 
 # %% ../../nbs/data/02_digits.ipynb #74c03b77
 def clutter_parts(
-    valid_pct, data_seed, held_out,
-) -> tuple:  # digits (1797, 1, 8, 8), labels (1797,), numbers that train and numbers that are judged
+    valid_pct: float,  # share of the digits held out
+    data_seed: int,    # decides which
+    held_out: str,     # 'test' or 'tune'
+) -> tuple:            # digits (1797, 1, 8, 8), labels (1797,), numbers that train and that are judged
     "Which digits train and which are judged."
     x, y, train, valid = digits_split(valid_pct, data_seed)
     if held_out == 'test': return x, y, train, valid

@@ -124,7 +124,7 @@ def fit_pixels(
 
 # %% ../../nbs/data/03_fashion.ipynb #fb5dl1x
 def fashion_parts(
-    root, fetch,  # as in `find_fashion`
+    root: str | Path | None, fetch: bool,  # as in `find_fashion`
     held_out,     # 'test', or 'tune' for a part of the training images
     valid_pct,    # that part
     split_seed,   # decides it
@@ -137,7 +137,7 @@ def fashion_parts(
     return [(pixels[part], labels[part]) for part in parts]
 
 # %% ../../nbs/data/03_fashion.ipynb #fb8check
-def check_fashion(size, channels, held_out, per_class) -> None:
+def check_fashion(size: int, channels: int, held_out: str, per_class: int | None) -> None:
     "Raise a ValueError for a setting that is not valid."
     if not 8 <= size <= 224:
         raise ValueError(f'size={size} is out of range: choose from 8 to 224 pixels')

@@ -15,9 +15,10 @@ from PIL import Image
 from .folders import (
     FolderReader, class_problems, complain, digest, folder_readers, held_out_words, left_out, overlap_problems, some)
 from .images import UNREADABLE, as_rgb
+from .loader import ImageData
 
 # %% ../../nbs/data/08_fingerprint.ipynb #fq1finger
-def reader_fingerprint(reader) -> dict:  # class -> [images, hash of names and sizes]
+def reader_fingerprint(reader: FolderReader) -> dict:  # class -> [images, hash of names and sizes]
     "The fingerprint of one split of a folder."
     found = {name: [] for name in reader.class_to_idx}
     names = list(found)
@@ -26,7 +27,7 @@ def reader_fingerprint(reader) -> dict:  # class -> [images, hash of names and s
     return {name: [len(words), digest(words)] for name, words in found.items()}
 
 
-def tensor_fingerprint(data) -> dict:  # class -> [images, hash of pixels]
+def tensor_fingerprint(data: ImageData) -> dict:  # class -> [images, hash of pixels]
     "The fingerprint of images held as tensors."
     pixels = data.pixels.cpu()
     labels = data.labels.cpu()
@@ -37,7 +38,7 @@ def tensor_fingerprint(data) -> dict:  # class -> [images, hash of pixels]
     return found
 
 # %% ../../nbs/data/08_fingerprint.ipynb #fq3any
-def listed_fingerprint(data) -> dict:  # class -> [images, hash of names]
+def listed_fingerprint(data: ImageData) -> dict:  # class -> [images, hash of names]
     "The fingerprint of an archive: names, and what a reader knows of classes."
     reader = data.source.reader
     targets = getattr(reader, 'targets', None)
@@ -49,12 +50,12 @@ def listed_fingerprint(data) -> dict:  # class -> [images, hash of names]
     return {name: [len(words), digest(words)] for name, words in found.items()}
 
 
-def stream_fingerprint(data) -> dict:  # '' -> [images, hash of the shards' names and lengths]
+def stream_fingerprint(data: ImageData) -> dict:  # '' -> [images, hash of the shards' names and lengths]
     "The fingerprint of a stream: its shards."
     return {'': [data.total, digest(f'{name}\t{length}' for name, length in data.shards)]}
 
 
-def part_fingerprint(data) -> dict:
+def part_fingerprint(data: ImageData) -> dict:
     "The fingerprint of one split, whatever holds it."
     if hasattr(data, 'pixels'): return tensor_fingerprint(data)
     if hasattr(data, 'shards'): return stream_fingerprint(data)
@@ -94,7 +95,7 @@ def part_differences(split: str, before: dict, now: dict) -> list:  # of sentenc
     return said
 
 
-def class_difference(name: str, split: str, old, new) -> str:
+def class_difference(name: str, split: str, old: list | None, new: list | None) -> str:
     "What changed in one class of one split: the marks are [images, hash], or None where it is missing."
     what = f'class {name!r}' if name else 'the data set'
     if new is None: return f'{what} is gone from the {split} images'

@@ -15,6 +15,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from timm.data import ImageDataset
+from timm.data.readers.reader import Reader
 from torch import nn
 from torch.utils.data import IterableDataset
 from vitdynconv.data.folders import (
@@ -110,7 +111,7 @@ def step_size(settings: dict, world: int) -> int:
     return batch // (world * accumulated)
 
 # %% ../../nbs/data/07_imagenet.ipynb #ac653422
-def label_by_devkit(root, reader, vocab: list) -> None:
+def label_by_devkit(root: str | Path, reader: Reader, vocab: list) -> None:
     "Label a flat validation split from the development kit; a ValueError where there is none."
     kits = sorted(Path(root).glob('ILSVRC2012_devkit*.tar*'))
     if not kits:
@@ -120,7 +121,7 @@ def label_by_devkit(root, reader, vocab: list) -> None:
     label_flat_split(reader, devkit_labels(kits[0]), numbers)
 
 
-def indexed_problems(root, sources, vocab: list, num_classes=None) -> list:  # of sentences
+def indexed_problems(root: str | Path, sources: list, vocab: list, num_classes=None) -> list:  # of sentences
     "What is wrong with the classes of readers with random access."
     if not vocab: return ['the data do not tell their classes: set num_classes']
     readers = [getattr(source, 'reader', source) for source in sources]
@@ -134,7 +135,7 @@ def indexed_problems(root, sources, vocab: list, num_classes=None) -> list:  # o
     return problems
 
 # %% ../../nbs/data/07_imagenet.ipynb #im9dls
-def indexed_dls(root, sources, settings: dict, common: dict) -> DataLoaders:
+def indexed_dls(root: str | Path, sources: list, settings: dict, common: dict) -> DataLoaders:
     "Loaders of two readers with random access, looked at before they are returned."
     vocab = vocabulary(sources[0], settings)
     complain(indexed_problems(root, sources, vocab, settings['num_classes']), root)
@@ -150,20 +151,25 @@ def indexed_dls(root, sources, settings: dict, common: dict) -> DataLoaders:
     return DataLoaders(train, ImageLoader(valid, **common), device=common['device'])
 
 # %% ../../nbs/data/07_imagenet.ipynb #a88435fe
-def named_sources(root, reader, splits, options: dict, share: dict) -> list:  # two timm data sets
+def named_sources(
+    root: str | Path, reader: str,
+    splits: tuple,  # names of the two splits
+    options: dict,  # of timm's `create_dataset`
+    share: dict,    # what streams are told besides
+) -> list:          # two timm data sets
     "Training and held-out images of a reader that knows splits by name."
     if reader.split('/')[0] in STREAMS: options = options | share
     train, valid = splits
     return [open_named(root, reader, train, True, options), open_named(root, reader, valid, False, options)]
 
 
-def split_sources(root, valid_pct, split_seed) -> tuple:  # two timm data sets, the split
+def split_sources(root: str | Path, valid_pct: float, split_seed: int) -> tuple:  # two timm data sets, the split
     "Training and held-out images of a folder without splits."
     *readers, split = folder_readers(root, valid_pct=valid_pct, split_seed=split_seed)
     return [ImageDataset(str(root), reader=reader) for reader in readers], split
 
 
-def placed_sources(root, splits, options: dict) -> list:  # two timm data sets
+def placed_sources(root: str | Path, splits: tuple, options: dict) -> list:  # two timm data sets
     "Training and held-out images of folders or tars."
     places = [find_split(root, split) for split in splits]
     if places[0].resolve() == places[1].resolve():
@@ -171,7 +177,7 @@ def placed_sources(root, splits, options: dict) -> list:  # two timm data sets
     return [open_place(place, options) for place in places]
 
 
-def remark(sources, split: dict | None) -> str:
+def remark(sources: list, split: dict | None) -> str:
     "What `preflight` adds: how the data were split, and what was left out."
     others = Counter()
     for source in sources[:1] if split else sources:

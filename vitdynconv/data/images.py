@@ -119,7 +119,7 @@ IMAGE_SETTINGS = dict(
     workers=4, seed=0)
 
 
-def posterize_some(picture, bits, posterize=None, **kwargs):
+def posterize_some(picture: Image.Image, bits: int, posterize=None, **kwargs):
     "Posterize to one bit where timm asks for none."
     return posterize(picture, max(1, bits), **kwargs)
 

@@ -262,7 +262,7 @@ def one_batch(self: EpochLoader):
     return next(iter(self.new(num_workers=0)))
 
 # %% ../../nbs/data/00_loader.ipynb #2d7218b6
-def channel_shape(values) -> Tensor:  # (c, 1, 1), to meet images (..., c, h, w)
+def channel_shape(values: tuple | list) -> Tensor:  # (c, 1, 1), to meet images (..., c, h, w)
     "One number per channel."
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 

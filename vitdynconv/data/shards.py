@@ -21,8 +21,9 @@ from fastcore.basics import patch
 from PIL import Image
 from scipy.io import loadmat
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset
+from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from .folders import complain, folder_reader, is_hidden, some
 from .images import (
     UNREADABLE, ImageLoader, ImageSet, as_rgb, image_transforms, statistics)
@@ -77,7 +78,7 @@ def class_names(dataset) -> list:  # by number
     return sorted(numbers, key=numbers.get)
 
 
-def drop_hidden(reader) -> None:  # timm's reader of tars, changed
+def drop_hidden(reader: Reader) -> None:  # timm's reader of tars, changed
     "Leave out the hidden entries of an archive, and the classes that consist of nothing else."
     shown = [number for number, sample in enumerate(reader.samples) if not in_hidden(sample[0].path)]
     if len(shown) == len(reader.samples): return
@@ -236,7 +237,7 @@ class StreamLoader(ImageLoader):
         return self.torch_loader(batch_size=self.bs, drop_last=self.drop_last)
 
 # %% ../../nbs/data/06_shards.ipynb #fc60a219
-def shards_of(source) -> list:  # (name, images) of each shard; empty where the reader does not tell
+def shards_of(source: IterableDataset) -> list:  # (name, images) of each shard; empty where the reader does not tell
     "The shards of one split of a stream."
     info = getattr(source.reader, 'split_info', None)
     names = getattr(info, 'filenames', None) or ()
@@ -244,7 +245,7 @@ def shards_of(source) -> list:  # (name, images) of each shard; empty where the 
     return list(zip(map(str, names), lengths))
 
 
-def share_stream(source, training, rank, world):
+def share_stream(source: IterableDataset, training: bool, rank: int, world: int):
     """Tell the reader of a stream which process it serves.
 
     For validation, shards are dealt out without repeats."""
@@ -260,7 +261,7 @@ def share_stream(source, training, rank, world):
     reader.num_samples = sum(info.shard_lengths) or reader.num_samples // world
 
 # %% ../../nbs/data/06_shards.ipynb #292c9558
-def stream_problems(name: str, source, num_classes: int) -> list:  # of sentences
+def stream_problems(name: str, source: IterableDataset, num_classes: int) -> list:  # of sentences
     "What is wrong with one split of a stream: nothing in it, nothing readable, a label out of range."
     reader = copy(source.reader)  # the original must start in the workers, knowing nothing of this
     reader.is_training = False    # in order, without filling a buffer
@@ -271,7 +272,7 @@ def stream_problems(name: str, source, num_classes: int) -> list:  # of sentence
     return [f'a label of the {name} stream is {label}, but there are {num_classes} classes']
 
 
-def sharing_problems(sources, world: int) -> list:  # of sentences
+def sharing_problems(sources: list, world: int) -> list:  # of sentences
     "Where there are fewer shards than processes."
     problems = []
     for name, source in zip(('training', 'validation'), sources):
@@ -282,13 +283,13 @@ def sharing_problems(sources, world: int) -> list:  # of sentences
     return problems
 
 # %% ../../nbs/data/06_shards.ipynb #sh9dls
-def vocabulary(source, settings: dict) -> list:
+def vocabulary(source: Dataset, settings: dict) -> list:
     "Names of the classes: those of the data, or numbers where the data do not tell."
     numbers = range(settings['num_classes'] or 0)
     return class_names(source) or [str(number) for number in numbers]
 
 
-def check_streams(root, sources, vocab: list, settings: dict, world: int) -> None:
+def check_streams(root: str | Path, sources: list, vocab: list, settings: dict, world: int) -> None:
     "Raise a ValueError that names all that is wrong with two streams."
     problems = sharing_problems(sources, world)
     if not vocab: problems.append('a stream does not tell its classes: set num_classes')
@@ -301,7 +302,13 @@ def check_streams(root, sources, vocab: list, settings: dict, world: int) -> Non
     complain(problems, root)
 
 # %% ../../nbs/data/06_shards.ipynb #sh9dl3x
-def stream_loader(source, split_idx: int, vocab: list, settings: dict, common: dict) -> StreamLoader:
+def stream_loader(
+    source: IterableDataset,
+    split_idx: int,   # 0 for training, 1 for held-out images
+    vocab: list,      # names of the classes
+    settings: dict,   # all keys of `IMAGE_SETTINGS`
+    common: dict,     # settings of both loaders
+) -> StreamLoader:
     "The loader of one stream: training (`split_idx` 0) or held-out images (1)."
     rank, world = common['rank'], common['world']
     shards, total = shards_of(source), source.reader.num_samples  # before they are dealt out
@@ -316,7 +323,7 @@ def stream_loader(source, split_idx: int, vocab: list, settings: dict, common: d
     return StreamLoader(stream, num_workers=workers, **training, **common)
 
 
-def stream_dls(root, sources, settings: dict, common: dict) -> DataLoaders:
+def stream_dls(root: str | Path, sources: list, settings: dict, common: dict) -> DataLoaders:
     "Loaders of two streams."
     vocab = vocabulary(sources[0], settings)
     check_streams(root, sources, vocab, settings, common['world'])

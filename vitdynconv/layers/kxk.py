@@ -195,17 +195,29 @@ def strided_rows(self: KernelAttention2d,
     return t.unflatten(-2, (h, w))[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
 
 @patch
+def near_queries(self: KernelAttention2d,
+    x: Tensor, # (b, dim, h, w)
+) -> Tensor:   # (b, heads, n', d * taps)
+    "The queries of each neighborhood, as one vector."
+    h, w = x.shape[2:]
+    q = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)             # (b, heads, n, d)
+    return self.strided_rows(Neighbors((h, w), self.kernel_size).read(q), h, w)
+
+@patch
 def bias_and_mask(self: KernelAttention2d,
+    q: Tensor,      # (b, heads, n', d * taps) queries of neighborhoods
+    k: Tensor,      # (b, heads, m, d * taps) keys
     h: int, w: int, # size of the map
-    device=None,
-) -> dict:          # bias (heads, n', n) or None, mask (n', n) or None, for the n' positions of the result
+) -> dict:          # bias (heads, n', m) or None, bool mask that broadcasts to (b, heads, n', m) or None
     "Position bias and 0/1 selection. ValueError for windows that do not tile the map."
-    bias = mask = None
+    bias = None
     if self.relative_position_bias_table is not None:
         position = RelativePosition(self.relative_position_bias_table, self.grid_size)
         bias = self.strided_rows(position.bias(), h, w)
-    if self.selection is not None and not self.soft():
-        mask = self.selection.mask(h, w, device)
+    if self.selection is None or self.soft(): return dict(bias=bias, mask=None)
+    if not self.selection.needs_grid: mask = self.selection(q, k, None)[2]           # it looks at the answers
+    else:
+        mask = self.selection.mask(h, w, q.device)
         if mask.shape[1] != h * w: raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size that they divide')
         mask = self.strided_rows(mask, h, w)
     return dict(bias=bias, mask=mask)
@@ -220,9 +232,10 @@ def literal(self: KernelAttention2d,
     heads, k = self.num_heads, self.kernel_size
     keys, values = [t.flatten(0, 1).unflatten(2, (-1, k, k)) for t in self.pair(x)]              # (b * heads, m, d, k, k)
     q = self.query(x).unflatten(1, (heads, -1)).flatten(0, 1)                                     # (b * heads, d, h, w)
+    settings = self.bias_and_mask(self.near_queries(x), self.pair(x)[0], h, w)
     logits = conv_per_image(q, keys, stride=self.stride, padding=k // 2)                          # (b * heads, m, h', w')
     rows = logits.flatten(2).transpose(1, 2).unflatten(0, (b, heads))                             # (b, heads, n', m)
-    weights = self.act(rows, **self.bias_and_mask(h, w, x.device))
+    weights = self.act(rows, **settings)
     channels = weights.flatten(0, 1).transpose(1, 2).unflatten(2, logits.shape[2:])               # (b * heads, m, h', w')
     y = conv_per_image(channels, values.transpose(1, 2), padding=k // 2)
     return self.out(y.unflatten(0, (b, heads)).flatten(1, 2))
@@ -234,9 +247,8 @@ def forward(self: KernelAttention2d,
     "The same as attention over the queries of neighborhoods, added up."
     h, w = x.shape[2:]
     coarse = math.ceil(h / self.stride), math.ceil(w / self.stride)
-    q = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)             # (b, heads, n, d)
-    q = self.strided_rows(Neighbors((h, w), self.kernel_size).read(q), h, w)                      # (b, heads, n', d * taps)
+    q = self.near_queries(x)                                                                      # (b, heads, n', d * taps)
     k, v = self.pair(x)
-    y = self.backend(q, k, v, self.act, **self.bias_and_mask(h, w, x.device))                     # (b, heads, n', d * taps)
+    y = self.backend(q, k, v, self.act, **self.bias_and_mask(q, k, h, w))                         # (b, heads, n', d * taps)
     y = Neighbors(coarse, self.kernel_size).add(y)                                                # (b, heads, n', d)
     return self.out(y.transpose(-2, -1).flatten(1, 2).unflatten(2, coarse))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'rng_state', 'set_rng_state', 'CheckpointError', 'states_of_processes', 'checkpoint_state',
-           'load_checkpoint', 'score', 'best_epochs', 'link_or_copy', 'keep_best', 'RunStopped', 'Checkpoints',
-           'Restore', 'restore', 'save_weights']
+           'load_checkpoint', 'score', 'best_epochs', 'link_or_copy', 'keep_best', 'write_checkpoint', 'RunStopped',
+           'Checkpoints', 'Restore', 'restore', 'save_weights']
 
 # %% ../../nbs/train/03_checkpoint.ipynb #1ba9b711
 import dataclasses
@@ -125,6 +125,16 @@ def keep_best(
     for path in folder.glob('best-*.ckpt'):
         if path.name not in best: path.unlink()
 
+# %% ../../nbs/train/03_checkpoint.ipynb #5e4fe9d2
+def write_checkpoint(
+    folder,  # of the run
+    state,   # of `checkpoint_state`
+    k,       # how many of the best epochs to keep
+):
+    "Replace `last.ckpt`, and keep the best epochs."
+    with replacing(folder/'last.ckpt') as file: torch.save(state, file)
+    keep_best(folder, state['history'], k)
+
 # %% ../../nbs/train/03_checkpoint.ipynb #12e069a3
 class RunStopped(Exception):
     "A run that cannot go on; `reason` is one line for people."
@@ -135,15 +145,13 @@ class RunStopped(Exception):
 # %% ../../nbs/train/03_checkpoint.ipynb #d3edfd29
 class Checkpoints(Callback):
     "`last.ckpt` before the first step and after each epoch, and the `k` best."
-    order = 75
-    saved = None
+    order, saved = 75, None
     def __init__(self, folder, k=3, run=None): self.folder, self.k, self.run_args = Path(folder), k, run
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         self.saved = self.learn.first_epoch or None                     # a resumed run has one
     @property
     def last_good(self):
-        "Words for the newest checkpoint on the disk."
         if self.saved is None: return 'none was written yet'
         return f'{self.folder/"last.ckpt"} of epoch {self.saved}'
     def before_train(self):
@@ -154,9 +162,7 @@ class Checkpoints(Callback):
         "Write the state after `epoch` epochs. `RunStopped` names the last good checkpoint if that fails."
         state = checkpoint_state(self.learn, epoch, self.run_args)
         if rank_distrib(): return
-        try:
-            with replacing(self.folder/'last.ckpt') as file: torch.save(state, file)
-            keep_best(self.folder, self.learn.history, self.k)
+        try: write_checkpoint(self.folder, state, self.k)
         except (OSError, RuntimeError) as error:
             problem = f'cannot write the checkpoint of epoch {epoch} ({error})'
             raise RunStopped(f'{problem}; last good checkpoint: {self.last_good}') from error

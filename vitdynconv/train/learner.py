@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'CrossEntropy', 'head_names', 'layer_numbers', 'parameter_depths', 'decays', 'parameter_groups',
-           'values_for', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'create_learner']
+           'values_for', 'DepthGroups', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'mixing_callback',
+           'recipe_callbacks', 'warn_of_amp', 'create_learner']
 
 # %% ../../nbs/train/02_learner.ipynb #8712487b
+import math
 import time
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -16,10 +18,14 @@ from fastai.callback.all import *
 from fastai.distributed import *
 from fastai.optimizer import set_item_pg
 from fastcore.basics import even_mults
+from fastai.callback.channelslast import ChannelsLast
+from timm.data.mixup import Mixup
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from ..tools import compat
-from .callbacks import AverageAccuracy, WeightAverage, accuracy, recipe_callbacks
+from vitdynconv.train.callbacks import (
+    Accumulation, AverageAccuracy, ClipNorm, Distributed, EpochRecorder, Mixing, Progress, RecipeSchedule, SetEpoch,
+    WeightAverage, accuracy)
 
 # %% ../../nbs/train/02_learner.ipynb #2124947b
 class CrossEntropy(nn.CrossEntropyLoss):
@@ -113,8 +119,8 @@ def values_for(
     raise ValueError(f'{len(values)} values for a model of {n} depths: give one value, {n}, or a slice')
 
 # %% ../../nbs/train/02_learner.ipynb #f2f71870
-class DepthOptimizer(OptimWrapper):
-    "timm's optimizer as fastai sees it: one parameter list and one set of hyperparameters for each depth."
+class DepthGroups(OptimWrapper):
+    "A PyTorch optimizer as fastai reads it: one parameter list and one set of hyperparameters for each depth."
     @property
     def depths(self) -> list[list[dict]]: # torch's groups of each depth, the decaying one last
         found = {}
@@ -132,6 +138,10 @@ class DepthOptimizer(OptimWrapper):
             values['lr'] /= values.pop('lr_scale', 1.)
             found.append(values)
         return found
+
+# %% ../../nbs/train/02_learner.ipynb #03395841
+class DepthOptimizer(DepthGroups):
+    "timm's optimizer as fastai sets it: a value, one value for each depth, or a slice."
     def set_hyper(self, k, v):
         if isinstance(v, float):                        # at every step: no need to look at the depths
             for group in self.opt.param_groups: self.set_in_group(group, k, v)
@@ -181,17 +191,21 @@ class RecipeLearner(Learner):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             compat.run_epoch(self, CancelEpochException)
-    def create_opt(self):
-        frozen = self.opt.frozen_idx if self.opt else 0
-        if frozen: self.opt.unfreeze()       # or the new groups would lack what is frozen
-        super().create_opt()
-        if frozen: self.opt.freeze_to(frozen)
     def move_batch(self, batch):             # batches of our loaders already lie where the model is
         device = next(self.model.parameters()).device
         there = all(getattr(part, 'device', None) == device for part in batch)
         return batch if there else compat.move_batch(super(), batch)
-    @property
-    def smooth_loss(self): return tensor(self.recorder.losses[-1])
+
+# %% ../../nbs/train/02_learner.ipynb #dbdec772
+@patch
+def create_opt(self: RecipeLearner):
+    frozen = self.opt.frozen_idx if self.opt else 0
+    if frozen: self.opt.unfreeze()       # or the new groups would lack what is frozen
+    Learner.create_opt(self)
+    if frozen: self.opt.freeze_to(frozen)
+
+@patch(as_prop=True)
+def smooth_loss(self: RecipeLearner): return tensor(self.recorder.losses[-1])
 
 # %% ../../nbs/train/02_learner.ipynb #1bdc24c9
 @patch
@@ -247,6 +261,42 @@ def remove_cb(self: RecipeLearner, cb):
     if self.listeners: self.listeners = {}
     return Learner.remove_cb(self, cb)
 
+# %% ../../nbs/train/02_learner.ipynb #835d8e0c
+def mixing_callback(
+    recipe,       # `Recipe`
+    num_classes,  # of the model
+) -> list:        # of one `Mixing`, or empty where the recipe neither mixes nor smooths
+    "Mixup, cutmix and label smoothing of a recipe."
+    if not (recipe.mixup or recipe.cutmix or recipe.label_smoothing): return []
+    mixup = Mixup(num_classes=num_classes, **recipe.arguments('mixing'))
+    return [Mixing(mixup, recipe.mixup_off_epoch)]
+
+def recipe_callbacks(
+    recipe,       # `Recipe`
+    num_classes,  # of the model
+    device,       # of the loaders
+) -> list:        # of callbacks
+    "The callbacks that put a recipe into effect."
+    share = recipe.warmup_epochs / recipe.epochs
+    schedule = RecipeSchedule(share, recipe.warmup_lr, recipe.min_lr, recipe.grad_accum)
+    cbs = [TrainEvalCallback(), EpochRecorder(), CastToTensor(), Progress(), SetEpoch(), schedule]
+    cbs += [ClipNorm(recipe.clip_grad or math.inf), *mixing_callback(recipe, num_classes)]
+    if recipe.grad_accum > 1: cbs.append(Accumulation(recipe.grad_accum))
+    if recipe.ema: cbs.append(WeightAverage(recipe.ema_decay))
+    if recipe.channels_last: cbs.append(ChannelsLast())
+    if recipe.amp and device.type == 'cuda': cbs.append(MixedPrecision(recipe.amp))
+    if dist.is_initialized(): cbs.append(Distributed())
+    return cbs
+
+# %% ../../nbs/train/02_learner.ipynb #6c7f52fb
+def warn_of_amp(
+    recipe,       # `Recipe`
+    device: str,  # 'cpu', 'cuda', ...
+):
+    "Say that reduced precision has no effect, where it has none."
+    if not recipe.amp or device == 'cuda' or rank_distrib(): return
+    print(f'amp={recipe.amp!r} changes nothing on a {device}: training runs in float32')
+
 # %% ../../nbs/train/02_learner.ipynb #6837553f
 def create_learner(
     model: nn.Module,  # any image classifier
@@ -271,6 +321,5 @@ def create_learner(
     learn.recipe = recipe
     learn.logger = noop if rank_distrib() else print
     if recipe.compile: model.compile()
-    if recipe.amp and dls.device.type != 'cuda' and not rank_distrib():
-        print(f'amp={recipe.amp!r} changes nothing on a {dls.device.type}: training runs in float32')
+    warn_of_amp(recipe, dls.device.type)
     return learn.add_cbs(cbs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'MMCLS', 'DEIT', 'OURS', 'PAPER_RECIPES', 'RECIPES', 'SMALL_RECIPES', 'FINETUNE', 'ModelSettings',
-           'optimizer_exists', 'Schedule', 'Regularization', 'Augmentation', 'Machine', 'Recipe', 'recipe_options',
-           'tick_or_cross', 'number_or_cross', 'table4_column', 'table4', 'small_recipe']
+           'ModelSize', 'optimizer_exists', 'Schedule', 'Regularization', 'Augmentation', 'Machine', 'Recipe',
+           'recipe_options', 'tick_or_cross', 'number_or_cross', 'table4_column', 'table4', 'small_recipe']
 
 # %% ../../nbs/train/00_recipes.ipynb #154640c1
 import dataclasses
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from ..tools.cli import Option
 from .settings import (
-    Check, RoutedSettings, above, between, one_of, setting, settings_table, sizes)
+    Check, ShownSettings, above, between, one_of, setting, sizes)
 
 # %% ../../nbs/train/00_recipes.ipynb #c3f05d3d
 PAPER, MMCLS, DEIT, OURS = 'Table 4', 'MMClassification', 'DeiT', 'ours'  # sources of values
@@ -30,6 +30,13 @@ class ModelSettings:
     pos: str | None = setting(
         None, 'position; None: as the base', check=one_of('rel', 'abs', 'none'), to='model.pos')
     class_token: bool | None = setting(None, 'None: as the base', to='model.class_token')
+    model_args: dict = setting(dict, 'more arguments of the model, such as {"patch_size": 8}')
+    pretrained: bool = setting(False, 'start from weights that somebody has trained')
+
+# %% ../../nbs/train/00_recipes.ipynb #c9f9e11a
+@dataclass(frozen=True)
+class ModelSize:
+    "Its size, and that of what goes in and comes out."
     num_classes: int | None = setting(
         1000, 'None: as the data have', 'ImageNet-1k', between(1), 'model.num_classes data.num_classes')
     img_size: int = setting(
@@ -43,8 +50,6 @@ class ModelSettings:
     num_heads: int | list | None = setting(
         None, 'heads of a block; one number for each stage of a Swin; None: as the base', check=sizes(),
         to='model.num_heads')
-    model_args: dict = setting(dict, 'more arguments of the model, such as {"patch_size": 8}')
-    pretrained: bool = setting(False, 'start from weights that somebody has trained')
 
 # %% ../../nbs/train/00_recipes.ipynb #63701e48
 def optimizer_exists(
@@ -133,8 +138,9 @@ class Machine:
 
 # %% ../../nbs/train/00_recipes.ipynb #8ad91bca
 @dataclass(frozen=True)
-class Recipe(Machine, Augmentation, Regularization, Schedule, ModelSettings, RoutedSettings):
+class Recipe(Machine, Augmentation, Regularization, Schedule, ModelSize, ModelSettings, ShownSettings):
     "Everything that decides a training run (Table 4 and what it leaves open). Making one checks it."
+    shown_first = PAPER
     def contradictions(self) -> list[str]:
         "Which fields, each valid by itself, do not go together."
         wrong = []
@@ -158,12 +164,6 @@ class Recipe(Machine, Augmentation, Regularization, Schedule, ModelSettings, Rou
         epochs = values.get('epochs')
         if 'warmup_epochs' in values or not isinstance(epochs, int) or epochs >= self.epochs: return values
         return values | dict(warmup_epochs=min(self.warmup_epochs, epochs / 5))
-
-    def table(self) -> str: # Markdown
-        "Every field: its value, what it is and where the value is from; Table 4's first."
-        return settings_table(self, first=PAPER)
-
-    def _repr_markdown_(self): return self.table()
 
 # %% ../../nbs/train/00_recipes.ipynb #01c38664
 def recipe_options(
@@ -246,7 +246,11 @@ _plain = dict(label_smoothing=0.1, drop_path=0.0, mixup=0.0, cutmix=0.0, rand_au
 _small = dict(model='vit_tiny_patch16_224', class_token=False, **_plain)
 _small_args = dict(patch_size=4, mlp_ratio=2.0, weight_init='jax')
 
-def small_recipe(name, batch_size, **settings) -> Recipe:
+def small_recipe(
+    name,        # of the recipe
+    batch_size,  # images in a step, for which the learning rate is meant
+    **settings,  # the other fields
+) -> Recipe:
     "A small ViT without a class token; its learning rate is the one of its batch size."
     return Recipe(name, batch_size=batch_size, lr_batch_size=batch_size, **_small | settings)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READERS', 'TRUTH', 'Check', 'between', 'above', 'one_of', 'sizes', 'setting', 'value_from_text', 'has_type',
            'type_words', 'CheckedSettings', 'ChangeableSettings', 'TextSettings', 'SavedSettings', 'RoutedSettings',
-           'settings_table']
+           'settings_table', 'ShownSettings']
 
 # %% ../../nbs/train/00_settings.ipynb #4bfbce08
 import dataclasses
@@ -222,3 +222,13 @@ def settings_table(
         value = json.dumps(getattr(settings, each.name))
         rows.append(f'| `{each.name}` | {value} | {each.metadata["words"]} | {each.metadata["source"]} |')
     return '\n'.join(rows)
+
+# %% ../../nbs/train/00_settings.ipynb #a95d0563
+class ShownSettings(RoutedSettings):
+    "Settings that show themselves as a table."
+    shown_first = ''  # the source whose fields come first
+    def table(self) -> str: # Markdown
+        "Every field: its value, what it is and where the value is from."
+        return settings_table(self, self.shown_first)
+
+    def _repr_markdown_(self): return self.table()

@@ -269,8 +269,8 @@ function explore(root, net, [row, column]) {
 
 # %% ../../nbs/viz/05_explorer.ipynb #85b0cf4d
 CLICKS = '''
-  const rowHint = 'Above, what each kernel weighs at this position (a row of the matrix); '
-    + 'point at a map to see where its kernel is used (a column). Below, the outputs.'
+  const rowHint = 'In blue and yellow, the weight of each kernel at this position (a row of the matrix); '
+    + 'point at a map to see where its kernel is used (a column). Below each, the output.'
   const drawCard = (name, values, j, text) => {
     card[name].title.textContent = text
     tensor(card[name].weights, values)
