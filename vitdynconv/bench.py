@@ -282,7 +282,7 @@ def training_rows(
     from vitdynconv.train.callbacks import warmup_cosine
     from vitdynconv.train.learner import create_learner, parameter_groups
     from vitdynconv.train.recipes import RECIPES
-    from vitdynconv.train.run import recipe_dls, recipe_model
+    from vitdynconv.train.build import recipe_dls, recipe_model
     small = RECIPES['digits']
     for recipe in (small, small.replace(embed_dim=192, depth=12, model_args=small.model_args | dict(mlp_ratio=4.))):
         dls, model = recipe_dls(recipe), recipe_model(recipe)
