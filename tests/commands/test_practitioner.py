@@ -29,7 +29,7 @@ def write_pictures(root, colours=COLOURS, images=12, size=20):
     "A folder for each colour."
     for name, colour in colours.items():
         (root/name).mkdir(parents=True)
-        for number in range(images): Image.new("RGB", (size + number, size), colour).save(root/name/f"{number:02}.png")
+        for number in range(images): Image.new("RGB", (size + number, size), colour).save(root/name/f"{name}_{number:02}.png")
     return root
 
 
@@ -85,7 +85,7 @@ def test_a_run_or_one_file_of_it_is_enough_to_predict(home, tmp_path, name):
     assert len(said) == 36 and all(len(each.classes) == 2 for each in said)
     right = [Path(each.image).parent.name == each.label for each in said]
     assert sum(right) / 36 > 0.5
-    picture = Image.open(home/"pictures/red/00.png")
+    picture = Image.open(home/"pictures/red/red_00.png")
     one, = predict(place, picture, top=9)
     assert sorted(one.classes) == run.classes and sum(one.probabilities) == pytest.approx(1, abs=1e-5)
     logits = run.model(run.transform(picture)[None])
@@ -138,12 +138,12 @@ def test_an_export_that_differs_is_not_written(home, tmp_path, monkeypatch, caps
 def rename(pictures): (pictures/"blue").rename(pictures/"violet")
 def swap(pictures):
     for a, b in (("blue", "x"), ("red", "blue"), ("x", "red")): (pictures/a).rename(pictures/b)
-def remove(pictures): (pictures/"green/03.png").unlink()
+def remove(pictures): (pictures/"green/green_03.png").unlink()
 def add_class(pictures): shutil.copytree(pictures/"green", pictures/"yellow")
 def vanish(pictures): shutil.rmtree(pictures)
 
 
-@pytest.mark.parametrize("change, words", [(rename, "violet"), (swap, "are now those of"), (remove, "green"), (add_class, "yellow"), (vanish, "pictures")])
+@pytest.mark.parametrize("change, words", [(rename, "violet"), (swap, "are now those of"), (remove, "green"), (add_class, "4 classes"), (vanish, "pictures")])
 def test_changed_data_are_named_before_a_run_goes_on(copied, capsys, change, words):
     pictures = copied.parent/"pictures"
     change(pictures)
