@@ -143,7 +143,7 @@ def add_class(pictures): shutil.copytree(pictures/"green", pictures/"yellow")
 def vanish(pictures): shutil.rmtree(pictures)
 
 
-@pytest.mark.parametrize("change, words", [(rename, "violet"), (swap, "are now those of"), (remove, "green"), (add_class, "4 classes"), (vanish, "pictures")])
+@pytest.mark.parametrize("change, words", [(rename, "violet"), (swap, "has other training images"), (remove, "green"), (add_class, "4 classes"), (vanish, "pictures")])
 def test_changed_data_are_named_before_a_run_goes_on(copied, capsys, change, words):
     pictures = copied.parent/"pictures"
     change(pictures)
@@ -243,7 +243,7 @@ WRONG = {
         (vdc_train, dict(out="NEW", epochs="0")), (vdc_train, dict(out="NEW", epochs="many")), (vdc_train, dict(out="NEW", lr="-1")),
         (vdc_train, dict(out="NEW", seed="-1")), (vdc_train, dict(out="NEW", seed="4294967296")), (vdc_train, dict(out="NEW", log_every=0)),
         (vdc_train, dict(out="NEW", timeout=0)), (vdc_train, dict(out="NEW", img_size="2")), (vdc_train, dict(out="NEW", batch_size="9999")),
-        (vdc_train, dict(out="NEW", num_heads="5")), (vdc_train, dict(out="NEW", num_classes="7", data="pictures")), (vdc_train, dict(out="NEW", in_chans="2")),
+        (vdc_train, dict(out="NEW", num_heads="5")), (vdc_train, dict(out="NEW", num_classes="7", data="pictures")), (vdc_train, dict(out="NEW", in_chans="2", data="pictures")),
         (vdc_predict, dict(images=["pictures"], run="RUN", top=0)), (vdc_eval, dict(checkpoint="RUN/last.ckpt", batch_size="0")),
     ],
     "places": [

@@ -66,10 +66,13 @@ def recipe_model(
     recipe,            # `Recipe`
     pretrained=False,  # load what `recipe.pretrained` asks for
 ) -> nn.Module:
-    "The model of a recipe, its random weights decided by the recipe's seed."
+    "The model of a recipe, its random weights decided by the recipe's seed. ValueError if its settings do not fit."
     set_seed(recipe.seed)
     settings = recipe.model_args | recipe.arguments('model')
-    return create_model(recipe.model, pretrained=pretrained and recipe.pretrained, **settings)
+    try: return create_model(recipe.model, pretrained=pretrained and recipe.pretrained, **settings)
+    except (TypeError, AssertionError) as error:  # timm's answers to settings that it does not know or cannot combine
+        reason = ' '.join(str(error).split()) or 'its settings do not fit together'
+        raise ValueError(f'{recipe.model} cannot be built: {reason}; change model_args, or the sizes') from error
 
 # %% ../../nbs/train/04_build.ipynb #86f7d70e
 def dry_step(
