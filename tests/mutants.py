@@ -31,7 +31,7 @@ class Mutant(NamedTuple):
 ACT, ATT, DEPTH = "layers/activations.py", "layers/attention.py", "layers/depthwise.py"
 POS, SEL, DYN = "layers/position.py", "layers/selection.py", "layers/dynconv.py"
 ACTIVATIONS = "layers/test_reference_activations.py test_activations"
-WINDOWS, SPACE = "layers/test_reference_mixers.py windows", "layers/test_reference_space.py softmax"
+WINDOWS, SPACE = "layers/test_reference_mixers.py window", "layers/test_reference_space.py softmax"
 TABLES = "layers/test_reference_attention.py table_to_bias"
 CONVS = "layers/test_reference_convs.py"
 
@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant("mathematics", "masked variance without its n", ACT, ".square().sum(-1, keepdim=True) / n", ".square().sum(-1, keepdim=True)", ACTIVATIONS),
     Mutant("mathematics", "number of all kernels for that of the selected", ACT, "return logits.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)", "return logits.shape[-1]", ACTIVATIONS),
     Mutant("mathematics", "ReLU6 cut at 5.9", ACT, "staticmethod(F.relu6)", "staticmethod(lambda s: s.clamp(0, 5.9))", ACTIVATIONS),
-    Mutant("mathematics", "softplus drops its tail", ACT, "F.softplus(s, threshold=40)", "F.softplus(s)", ACTIVATIONS),
+    Mutant("mathematics", "softplus drops its tail", ACT, "F.softplus(s, threshold=40)", "F.softplus(s)", "layers/test_reference_attention.py options and softplus"),
     Mutant("mathematics", "sparsemax sums to two", ACT, "ordered.cumsum(-1) - 1", "ordered.cumsum(-1) - 2", ACTIVATIONS),
     Mutant("mathematics", "mean over all kernels", DEPTH, "count = mask.sum(-1, keepdim=True).clamp(min=1)", "count = mask.shape[-1]", "layers/test_reference_attention.py depthwise"),
     Mutant("mathematics", "mean over all kernels, fast", "fast/relative_position.py", "count = mask.sum(-1, keepdim=True).clamp(min=1)", "count = mask.shape[-1]", "layers/test_reference_attention.py depthwise"),
