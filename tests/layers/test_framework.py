@@ -19,7 +19,8 @@ from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
-from vitdynconv.layers.dynconv import DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d, KernelAttention2d
+from vitdynconv.layers.dynconv import DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d
+from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import DynamicConvBlock
 from vitdynconv.framework import reference
 from vitdynconv.framework.commands import vdc_equiv

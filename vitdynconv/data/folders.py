@@ -294,7 +294,8 @@ def class_problems(
     "What is wrong with the classes of two splits."
     here, there = set(train), set(valid)
     problems = []
-    for classes, split, other in ((here - there, 'validation', 'training'), (there - here, 'training', 'validation')):
+    missing = (here - there, 'validation', 'training'), (there - here, 'training', 'validation')
+    for classes, split, other in missing:
         if not classes: continue
         problems.append(f'the {split} split lacks {len(classes)} of the {other} classes: {some(classes)}')
     for folder in dict.fromkeys(folders):
@@ -303,5 +304,6 @@ def class_problems(
     if num_classes and len(here) != num_classes:
         problems.append(f'{len(here)} classes found but {num_classes} expected: '
                         f'complete the data or set num_classes={len(here)}')
-    if len(here) < 2: problems.append(f'{len(here)} class found: at least two are needed, one folder for each')
+    if len(here) < 2:
+        problems.append(f'{len(here)} class found: at least two are needed, one folder for each')
     return problems
