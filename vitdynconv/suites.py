@@ -76,7 +76,7 @@ def product_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable]:
     if q.shape[2] < 2000: ways['products of all heads'] = lambda: (q @ k.mT) @ v
     return ways
 
-# %% ../nbs/suites.ipynb #ae3c2909
+# %% ../nbs/suites.ipynb #0b0ff9bf
 def core_sides(
     n: int,               # tokens
     setting: Setting,
@@ -88,6 +88,7 @@ def core_sides(
     made = torch.randn(shape, generator=torch.Generator().manual_seed(n)).to(setting.device, setting.dtype)
     q, k, v = [t.clone().requires_grad_(backward) for t in made]
     sides = {'softmax, fused': lambda: F.scaled_dot_product_attention(q, k, v)}
+    if setting.compiled: torch.compiler.reset()        # or the limit of recompilations is soon reached
     for name in ('softmax', *CORES):
         act = create_activation(name, num_kernels=n, head_dim=64).to(setting.device, setting.dtype)
         sides[name] = partial(dynamic_conv_attention, q, k, v, act)

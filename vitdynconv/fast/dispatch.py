@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAST', 'keeps', 'is_plain', 'evaluation_of', 'as_matrix', 'fused', 'by_definition', 'add_position', 'constants',
-           'plain_pointwise', 'relu_of_layernorm', 'row_weights', 'in_tiles', 'by_triton', 'evaluate',
+           'plain_pointwise', 'relu_of_layernorm', 'row_weights', 'by_rows', 'by_triton', 'evaluate',
            'evaluate_by_logits', 'check_grid', 'dynamic_conv_attention', 'fast_depthwise_attention', 'accelerate']
 
 # %% ../../nbs/fast/04_dispatch.ipynb #65504954
@@ -101,23 +101,22 @@ def relu_of_layernorm(q, k, v, act, bias) -> Tensor:
     if bias is not None: bias = bias.to(keys.dtype)
     return pointwise_attention(queries, keys, v.to(keys.dtype), F.relu, bias=bias).to(v.dtype)
 
-# %% ../../nbs/fast/04_dispatch.ipynb #c59a8272
-def row_weights(act: nn.Module) -> Callable:
-    "An activation as what a tile asks for: (logits, bias, mask, *parameters) -> weights."
+# %% ../../nbs/fast/04_dispatch.ipynb #85e4009d
+def row_weights(act: nn.Module, kind: str, masked: bool) -> tuple[Callable, list]:
+    "What a tile asks for: (logits, bias, mask, *parameters) -> weights, and the parameters. LayerNorm without a mask is one operator."
+    if kind in ('ln', 'ln_relu') and not masked:
+        params = [p for p in (act.weight, act.bias) if p is not None]
+        return layernorm_weights(kind == 'ln_relu', act.eps), params
     names = [name for name, _ in act.named_parameters()]
     def weights(logits, bias=None, mask=None, *params):
         if not params: return act(logits, bias=bias, mask=mask)
         return torch.func.functional_call(act, dict(zip(names, params)), (logits,), dict(bias=bias, mask=mask))
-    return weights
+    return weights, list(act.parameters())
 
-def in_tiles(q, k, v, act: nn.Module, kind: str, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    "Whole rows in tiles, (b, h, n, e): LayerNorm by one operator, others as they are."
-    if kind in ('ln', 'ln_relu') and mask is None:
-        params = [p for p in (act.weight, act.bias) if p is not None]
-        weights = layernorm_weights(kind == 'ln_relu', act.eps)
-    else:
-        params = list(act.parameters())
-        weights = row_weights(act)
+def by_rows(q, k, v, act: nn.Module, kind: str, bias: Tensor | None, mask: Tensor | None, stored: bool) -> Tensor:
+    "Whole rows in tiles, or all stored, (b, h, n, e); bias and mask have four axes."
+    weights, params = row_weights(act, kind, mask is not None)
+    if stored: return weights(q @ k.mT, bias, mask, *params).to(v.dtype) @ v
     flat = [t.flatten(0, 1) for t in (q, k, v)]
     return Tiled.apply(*flat, bias, mask, weights, 1., 1., q.shape[1], *params).unflatten(0, q.shape[:2])
 
@@ -130,7 +129,7 @@ def by_triton(q: Tensor, v: Tensor) -> bool:
     from vitdynconv.fast.triton import is_verified
     return is_verified(q.device, q.dtype, q.shape[-1])
 
-# %% ../../nbs/fast/04_dispatch.ipynb #caa3dd34
+# %% ../../nbs/fast/04_dispatch.ipynb #650eb3b0
 def evaluate(q, k, v, act: Callable, bias, mask, position: RelativePosition | None) -> Tensor:
     "The choice for (b, h, n or m, d)."
     n, m = q.shape[2], k.shape[2]
@@ -166,8 +165,7 @@ def evaluate_by_logits(q, k, v, act, kind, bias, mask, position) -> Tensor:
         y = plain_pointwise(q, k, v, act, inside)
     elif mask is None and kind == 'ln_relu' and is_shorter(q, v) and by_closed_form(n, m, True, training):
         y = relu_of_layernorm(q, k, v, act, inside)
-    if y is None and few and training: return by_definition(q, k, v, act, bias, mask, position)
-    if y is None: y = in_tiles(q, k, v, act, kind, inside, as_matrix(mask, q))
+    if y is None: y = by_rows(q, k, v, act, kind, inside, as_matrix(mask, q), few and training)
     return add_position(y, v, None, beside)
 
 # %% ../../nbs/fast/04_dispatch.ipynb #a8376c71
