@@ -8,7 +8,7 @@ STUDY ?= full
 SLOW ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lab notebooks readme docs bench study clean
+.PHONY: help demo test gpu lab notebooks readme docs bench study clean speed
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -19,9 +19,11 @@ demo: $(READY) ## check the equivalences and train four small models on handwrit
 test: $(READY) ## check that everything generated is up to date, run every notebook and every test; SLOW=1 for the slow ones too
 	@$(BIN)/python .ci/tests.py $(if $(SLOW),--slow)
 
-gpu: $(READY) ## what only a GPU can show: the tests and the measurements that need one
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cuda tests
-	@$(BIN)/vdc_bench --suite gpu --device cuda
+gpu: $(READY) ## what only a GPU can show, in ten minutes: tests, kernels, benchmark, a short training; writes gpu/gpu.json and gpu/gpu.md
+	@$(BIN)/python .ci/gpu.py gpu
+
+speed: $(READY) ## measure every suite on a quiet machine, as it is and restricted to AVX2, into nbs/results/speed.csv (40 minutes)
+	@bash .ci/speed
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
@@ -38,14 +40,14 @@ docs: $(READY) ## build the site into _docs/
 	@$(BIN)/python .ci/notebooks.py readme  # newer than the index, so that nbdev leaves it alone
 	@$(BIN)/nbdev_docs
 
-bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, model, training or data
+bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, model, systems, scaling, training or data
 	@$(BIN)/vdc_bench --suite $(SUITE)
 
 study: $(READY) ## train every row of Table 2 at toy size, or go on with it (an hour or two); STUDY=quick for a taste
 	@$(BIN)/vdc_study --plan $(STUDY) --out study-$(STUDY)
 
 clean: ## remove what was built, the environment too
-	rm -rf .venv build dist demo study-quick _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
+	rm -rf .venv build dist demo gpu study-quick _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis
 
 $(READY): settings.ini setup.py constraints.txt .ci/venv
 	@PYTHON="$(PYTHON)" bash .ci/venv

@@ -396,6 +396,36 @@ def same_plane_window(grid, window, shift=(0, 0)):
     return np.array([[cell(a) == cell(b) for b in places] for a in places])
 
 
+def neighborhood(grid, size):
+    """(H*W, H*W) bool: the `size` x `size` window around each position that lies inside the map.
+
+    At the border the window stops and the position leaves its centre (NATTEN, arXiv 2204.07143).
+    """
+    places = list(product(range(grid[0]), range(grid[1])))
+
+    def is_near(place, other):
+        for p, o, n in zip(place, other, grid):
+            centre = min(max(p, size // 2), n - 1 - size // 2)
+            if abs(o - centre) > size // 2:
+                return False
+        return True
+
+    return np.array([[is_near(a, b) for b in places] for a in places])
+
+
+def best(logits, count):
+    """(..., m) bool: the `count` largest of each row (KVT, arXiv 2106.00515)."""
+    threshold = np.sort(logits.real, -1)[..., -count, None]
+    return logits.real >= threshold
+
+
+def best_of_tokens(x, state, heads, count):
+    """The mask (b, h, n, n) of the `count` best keys of each query, from `qkv` or `qk`."""
+    name, parts = ("qkv", 3) if "qkv.weight" in state else ("qk", 2)
+    q, k = heads_of(linear(x, state, name), parts, heads)[:2]
+    return best(q @ k.swapaxes(2, 3), count)
+
+
 def projected_kernels(k, v, E, F=None):
     """Linformer (arXiv 2006.04768, Eq. 7): K' = E^T K and V' = F^T V, head by head.
 
@@ -647,7 +677,8 @@ def generated_kernels(x, state, pool, stride=1):
     state dict has a `reduce`, and a 1x1 layer `span`.
     """
     if isinstance(pool, np.ndarray):
-        x = (x.reshape(len(x), -1) @ pool)[:, :, None]
+        means = x.reshape(len(x), -1) @ pool
+        x = means[:, :, None] if pool.shape[1] == 1 else means.reshape(x.shape)
     elif pool == "image":
         x = x.mean((1, 2))[:, None, None]
     elif pool == "position":
@@ -714,14 +745,23 @@ def generated_conv(x, state, kernel_size, pool):
 
 
 def kernel_attention(
-    x, state, heads, kernel_size, stride=1, activation="softmax", options=None, grid=None, mask=None
+    x,
+    state,
+    heads,
+    kernel_size,
+    stride=1,
+    activation="softmax",
+    options=None,
+    grid=None,
+    mask=None,
+    count=None,
 ):
     """Self-attention with k x k kernels (section 5): (b, dim, H, W) to (b, out, H', W').
 
     A k x k convolution of the queries (stride) whose kernels are the keys, the activation over the
     kernels, a k x k convolution whose kernels are the values. State: `query`, `key`, `value`, `out`
     (1x1 convolutions; channels of `key` and `value` are ordered head, channel, tap), `act`,
-    `selection.E` and `F`, `relative_position_bias_table`. mask is (H*W, H*W).
+    `selection.E` and `F`, `relative_position_bias_table`. mask is (H*W, H*W); with `count` each position uses its best kernels only.
     """
     k = kernel_size
     images = []
@@ -735,7 +775,7 @@ def kernel_attention(
             banks = projected_kernels(*banks, state["selection.E"], state.get("selection.F"))
         table = state.get("relative_position_bias_table")
         bias = None if table is None else relative_bias(table, grid)
-        weights_of = activation_of(activation, state, banks[0].shape[3], options)
+        weights_of = activation_of(activation, state, query.shape[1], options)
         kept = [r * width + c for r in range(0, height, stride) for c in range(0, width, stride)]
         for head in range(heads):
             keys, values = [bank[0, head].reshape(bank.shape[2], -1, k, k) for bank in banks]
@@ -743,6 +783,8 @@ def kernel_attention(
             rows = logits.reshape(len(logits), -1).T
             row_bias = None if bias is None else bias[head][kept]
             row_mask = None if mask is None else mask[kept]
+            if count is not None:
+                row_mask = best(rows, count)
             weights = weights_of(rows, row_bias, row_mask).T.reshape(logits.shape)
             outputs.append(convolution(weights, values.swapaxes(0, 1), padding=k // 2))
         images.append(pointwise_layer(np.concatenate(outputs), state, "out"))

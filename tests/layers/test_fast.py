@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitdynconv import bench
+from vitdynconv import bench, suites
 from vitdynconv.fast import dispatch as fast
 from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
@@ -230,6 +230,103 @@ def test_triton_is_not_needed_on_a_cpu():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+# Faults that were found, each with its kind
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_positions_that_select_nothing_and_empty_batches(name, masked):
+    "Zero, forward and backward, and other images untouched; an empty batch stays empty."
+    for n in (9, 300):
+        q, k, v = [t.requires_grad_() for t in bank(2, 2, n, 4)]
+        act, mask = random_activation(name, n, 4).double(), torch.rand(2, 1, n, n) < .6
+        mask[0], mask[1, :, 3] = False, False
+        if masked:
+            y = dynamic_conv_attention(q, k, v, act, None, mask)
+            assert (y[0] == 0).all() and (y[1, :, 3] == 0).all()
+            grads = torch.autograd.grad(y.sum(), (q, k, v, *act.parameters()), allow_unused=True)
+            assert all(g is None or g.isfinite().all() for g in grads) and (grads[0][0] == 0).all()
+            alone = dynamic_conv_attention(q[1:], k[1:], v[1:], act, None, mask[1:])
+            assert torch.allclose(y[1:], alone, rtol=0, atol=1e-13)
+        none = [t[:0].detach().requires_grad_() for t in (q, k, v)]
+        y = dynamic_conv_attention(*none, act, None, mask[:0] if masked else None)
+        assert y.shape == none[0].shape and torch.autograd.grad(y.sum(), none[0])[0].shape == y.shape
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_empty_batches_and_rows_of_depthwise_attention(per_channel):
+    for grid in ((7, 7), (14, 14)):
+        n = grid[0] * grid[1]
+        q, k, _ = [t.requires_grad_() for t in bank(2, 2, n, 3)]
+        position, mask = random_position(grid, 6 if per_channel else 2), torch.rand(2, 1, n, n) < .5
+        mask[:, :, 5] = False
+        y = fast_depthwise_attention(q, k, mask=mask, position=position)
+        assert (y[:, :, 5] == 0).all() and torch.autograd.grad(y.sum(), k)[0].isfinite().all()
+        for m in (None, mask[:0]): assert fast_depthwise_attention(q[:0], k[:0], mask=m, position=position).shape == (0, 2, n, 3)
+
+
+@pytest.mark.parametrize("name", ["scaling", "scaling_relu", "relu", "gelu", "ln", "ln_relu"])
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_half_precision_is_no_worse_than_the_definition(name, dtype):
+    n, d = 4096, 64
+    for size, mean in ((.01, 0), (1, 0), (1, 3), (8, 0)):
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = [(torch.randn(1, 1, rows, d, generator=generator) + mean) * size for rows in (128, n, n)]
+        low, act = [t.to(dtype) for t in (q, k, v)], create_activation(name, num_kernels=n, head_dim=d)
+        exact = attention(*[t.double() for t in low], copy.deepcopy(act).double())
+        error = lambda f: ((f(*low, copy.deepcopy(act).to(dtype)).double() - exact).norm() / exact.norm()).nan_to_num(torch.inf, torch.inf).item()
+        assert error(dynamic_conv_attention) <= 1.1 * error(attention) + 1e-4, (size, mean)
+
+
+def test_backward_inside_autocast():
+    "The tiles are computed again in the backward pass, wherever that is started."
+    q, k, v = [t.detach().requires_grad_() for t in bank(1, 2, 300, 16, torch.float32)]
+    expected = torch.autograd.grad(dynamic_conv_attention(q, k, v, "scaling_relu").sum(), q)[0]
+    y = dynamic_conv_attention(q, k, v, "scaling_relu").sum()
+    with torch.autocast("cpu", torch.bfloat16): assert torch.equal(torch.autograd.grad(y, q)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["ln", "ln_relu"])
+def test_functional_call_trains_the_parameters_it_is_given(name):
+    "In tiles the activation is evaluated again in the backward pass, when the module has its own parameters back."
+    n = 200
+    mixer = accelerate(DynamicConvAttention(16, 2, activation=name, num_kernels=n)).double()
+    other = {key: p.detach() + torch.randn_like(p) / 9 for key, p in mixer.named_parameters()}
+    other = {key: p.requires_grad_() for key, p in other.items()}
+    x = torch.randn(1, n, 16, dtype=torch.float64)
+    mask = torch.rand(n, n) < .8
+    quick = torch.func.functional_call(mixer, other, (x, mask))
+    mixer.backend = attention
+    slow = torch.func.functional_call(mixer, other, (x, mask))
+    for a, b in zip(*[torch.autograd.grad(y.sum(), list(other.values())) for y in (quick, slow)]): assert torch.allclose(a, b, rtol=0, atol=1e-10)
+
+
+def test_counters_see_timms_products():
+    import timm
+    from torch.utils.flop_counter import FlopCounterMode
+    def flops(model, *size):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(): model.eval()(torch.randn(1, 3, *size))
+        return counter.get_total_flops()
+    base = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=64)
+    assert flops(create_model("deit_tiny_patch16_224", depth=2, img_size=64), 64, 64) == flops(base, 64, 64)
+    same_products = create_model("deit_tiny_patch16_224", "scaling_relu", depth=2, img_size=64)
+    literal = copy.deepcopy(same_products)
+    for m in literal.modules():
+        if hasattr(m, "backend"): m.backend = attention
+    assert flops(same_products, 64, 64) == flops(literal, 64, 64)
+    assert {type(m) for m in same_products.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+
+
+@pytest.mark.parametrize("name", ["softmax", "scaling", "scaling_relu", "ln", "ln_relu", "gelu", "sparsemax", "depthwise"])
+def test_traces_take_other_batches_and_meta_tensors(name):
+    options = dict(pos="rel", grid_size=4)
+    mixer = DepthwiseSelfAttention(24, 3, **options) if name == "depthwise" else DynamicConvAttention(24, 3, activation=name, **options)
+    mixer, other = accelerate(mixer).eval(), torch.randn(5, 16, 24)
+    traced = torch.jit.trace(mixer, (torch.randn(2, 16, 24),), check_trace=False)
+    assert torch.allclose(traced(other), mixer(other), rtol=1e-4, atol=1e-5)
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    for m in (None, mask): assert copy.deepcopy(mixer).to("meta")(other.to("meta"), None if m is None else m.to("meta")).shape == other.shape
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["scaling_relu", "ln_relu", "scaling", "ln"])
@@ -246,7 +343,7 @@ def run(*words):
     return subprocess.run([sys.executable, "-m", "vitdynconv.bench", *words], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("words, says", [(("--suite", "speed"), "core, model, training, data, all"), (("--device", "tpu"), "cpu, cuda"), (("--threads", "-1"), "threads=-1"), (("--csv", "no/such/folder.csv"), "no folder")])
+@pytest.mark.parametrize("words, says", [(("--suite", "speed"), "core, model, systems, scaling, training, data, all"), (("--device", "tpu"), "cpu, cuda"), (("--threads", "-1"), "--threads -1 is too small"), (("--csv", "no/such/folder.csv"), "no folder")])
 def test_bad_input_is_one_line(words, says):
     done = run(*words)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and says in done.stderr
@@ -258,8 +355,8 @@ def test_help():
 
 
 def test_rows_become_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "LENGTHS", (49,))
-    monkeypatch.setattr(bench, "position_rows", lambda *args: iter(()))
+    monkeypatch.setattr(suites, "LENGTHS", (49,))
+    monkeypatch.setitem(suites.ROWS, "core", [suites.core_rows])
     bench.vdc_bench(suite="core", csv=str(tmp_path/"rows.csv"), seconds=.01)
     rows = list(csv.DictReader(open(tmp_path/"rows.csv")))
     assert {row["work"] for row in rows} >= {"softmax", "scaling", "ln_relu, with gradients", "depth-wise"}

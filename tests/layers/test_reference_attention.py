@@ -6,240 +6,31 @@ import torch
 
 import numpy_reference as ref
 from reference_checks import *
-from vitdynconv import fast
-from vitdynconv.fast import dispatch
+from vitdynconv.fast import dispatch, tiled
+from vitdynconv.fast.relative_position import (
+    position_by_convolution,
+    position_by_fft,
+    position_by_fourier,
+    position_by_matrix,
+    position_by_strips,
+)
 from vitdynconv.layers.depthwise import depthwise_attention
 from vitdynconv.layers.equivalence import attention, attention_as_convs
 from vitdynconv.layers.position import RelativePosition, table_to_bias
 
-
-WAYS = ("by_fft", "by_fourier_rows", "by_convolution")
-
-TOL = 1e-12
-HALF_UNITS = 1  # units in the last place that a half-precision result may be off
-BATCH, HEADS, DIM = 2, 2, 4  # images, heads, channels of a head
-GRID = (3, 4)
-
-
-# --------------------------------------------------------------------------------------------------
-# Comparing
-# --------------------------------------------------------------------------------------------------
-
-
-def random(*shape, seed=0, size=1.0):
-    """Normal numbers, float64."""
-    return size * np.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
-def assert_near(actual, expected, what, tol=TOL):
-    """One shape, float64, and a difference below `tol` of the largest value (of 1 at least)."""
-    assert actual.dtype == torch.float64, what
-    actual = actual.detach().numpy()
-    assert actual.shape == expected.shape, what
-    assert np.isfinite(expected).all(), "the reference itself is not finite"
-    assert np.isfinite(actual).all(), f"{what} not finite"
-    limit = tol * max(1, np.abs(expected).max(initial=0))
-    worst = np.abs(actual - expected).max(initial=0)
-    assert worst <= limit, f"{what} differ by {worst:.1e}, allowed {limit:.1e}"
-
-
-def check(ours, reference, inputs, parameters=None, tol=TOL):
-    """Outputs, with and without gradients at work, and one slope for each input and parameter.
-
-    `ours(**tensors)` against `reference(**arrays)`; `parameters` are those that `ours` has inside.
-    """
-    parameters = dict(parameters or {})
-    arrays = inputs | {name: p.detach().numpy() for name, p in parameters.items()}
-    leaves = {name: torch.tensor(a, requires_grad=True) for name, a in inputs.items()}
-    actual = ours(**leaves)
-    expected = reference(**arrays)
-    assert_near(actual, expected, "outputs", tol)
-    with torch.no_grad():
-        assert_near(ours(**leaves), expected, "outputs without gradients", tol)
-    cotangent = random(*expected.shape, seed=7)
-    wanted = {**leaves, **parameters}
-    grads = torch.autograd.grad(
-        actual, list(wanted.values()), torch.from_numpy(cotangent), materialize_grads=True
-    )
-    for name, grad in zip(wanted, grads):
-        grad = grad.numpy()
-        direction = random(*grad.shape, seed=8)
-        expected = ref.slope(reference, arrays, name, direction, cotangent)
-        assert np.isfinite(grad).all(), f"gradient of {name} not finite"
-        limit = tol * max(1, np.abs(grad * direction).sum(), abs(expected))
-        worst = abs((grad * direction).sum() - expected)
-        assert worst <= limit, f"gradients of {name} differ by {worst:.1e}, allowed {limit:.1e}"
-
-
-def prepared(module, size=0.5):
-    """Random parameters and statistics, float64, evaluation mode."""
-    generator = torch.Generator().manual_seed(3)
-    for p in module.parameters():
-        nn.init.normal_(p, std=size, generator=generator)
-    for name, b in module.named_buffers():
-        if "running" in name:
-            b.uniform_(0.5, 2, generator=generator)
-    return module.double().eval()
-
-
-def buffers(module):
-    """The buffers of a state dict as arrays, to be added to a reference's state."""
-    return {name: b.numpy() for name, b in module.named_buffers() if b is not None}
-
-
-def check_module(module, reference, tol=TOL, **inputs):
-    """A module against `reference(x, state)`, its parameters included."""
-    constant = buffers(module)
-
-    def from_state(x, **state):
-        return reference(x, {**constant, **state})
-
-    check(lambda x: module(x), from_state, inputs, module.named_parameters(), tol)
-
-
-# --------------------------------------------------------------------------------------------------
-# Activations and their settings
-# --------------------------------------------------------------------------------------------------
-
-TRIED = dict(  # option -> values; {} stands for the default
-    temperature=[0.7, 3.0],
-    scale=["head_dim", "sqrt_head_dim", "num_kernels", None],
-    eps=[0.3],
-    elementwise_affine=[False],
-)
-
-
-def reference_of(name):
-    """The formula of an activation: its own `reference`, else the one of this name."""
-    cls = ACTIVATIONS[name]
-    if "reference" in vars(cls):
-        return cls.reference
-    if name not in ref.ACTIVATION_REFERENCES:
-        raise AssertionError(f"{name} has no formula to be judged by; give {cls.__name__} its own "
-                             "static method reference(logits, bias=None, mask=None, **settings)")
-    return ref.ACTIVATION_REFERENCES[name]
-
-
-def options_of(name):
-    """Every option of an activation, one at a time, and none."""
-    found = [{}]
-    for option in inspect.signature(ACTIVATIONS[name].__init__).parameters:
-        if option not in ("self", "num_kernels", "head_dim", "args", "kwargs"):
-            found += [{option: value} for value in TRIED[option]]
-    return found
-
-
-SETTINGS = [(name, options) for name in ACTIVATIONS for options in options_of(name)]
-SETTING_NAMES = [f"{name}-{options or 'default'}" for name, options in SETTINGS]
-
-
-def judge(name, options, head_dim, **parameters):
-    """The reference of an activation with settings: a function of (logits, bias, mask)."""
-    reference = reference_of(name)
-    settings = {key: value for key, value in options.items() if key != "elementwise_affine"}
-    settings |= {"shift" if key == "bias" else key: value for key, value in parameters.items()}
-
-    def activation(logits, bias=None, mask=None):
-        return reference(logits, bias, mask, head_dim=head_dim, **settings)
-
-    return activation
-
-
-def make_activation(name, options, num_kernels, head_dim=DIM):
-    """An activation with random parameters."""
-    act = create_activation(name, num_kernels=num_kernels, head_dim=head_dim, **options)
-    return prepared(act, 1.0)
-
-
-def parameters_of(act):
-    """The parameters of an activation under names that no input has."""
-    return {f"act.{name}": p for name, p in act.named_parameters()}
-
-
-def split(arrays):
-    """Inputs, and parameters of the activation, from the arrays of `check`."""
-    parameters = {key[4:]: a for key, a in arrays.items() if key.startswith("act.")}
-    return {key: a for key, a in arrays.items() if not key.startswith("act.")}, parameters
-
-
-DEPTHWISE = dict(depthwise="head", depthwise_channel="channel")  # mixer -> one table per ...
-MIXERS = [*ACTIVATIONS, *DEPTHWISE]
-MASKS = ("none", "plane", "images", "heads", "empty")
-
-
-def make_mask(kind, b, h, n, m, seed=4):
-    """Masks of the shapes that the library takes. In 'empty' an image and some rows select none."""
-    shapes = dict(plane=(n, m), images=(b, 1, n, m), heads=(b, h, n, m), empty=(b, 1, n, m))
-    if kind == "none":
-        return None
-    mask = np.random.default_rng(seed).random(shapes[kind]) < 0.6
-    rows = np.arange(n)
-    mask[..., rows, rows % m] = True
-    if kind == "empty":
-        mask[0] = False
-        mask[1:, :, ::3] = False
-    return mask
-
-
-def as_tensor(mask):
-    return None if mask is None else torch.from_numpy(mask)
-
-
-def test_every_activation_has_a_formula():
-    for name in ACTIVATIONS:
-        assert callable(reference_of(name))
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("position", [False, True])
-@pytest.mark.parametrize("name, options", SETTINGS, ids=SETTING_NAMES)
-def test_activations(name, options, position, mask):
-    b, h, n, m = 2, 3, 5, 7
-    chosen = make_mask(mask, b, h, n, m)
-    act = make_activation(name, options, m)
-    inputs = {"logits": random(b, h, n, m, size=6)}
-    if position:
-        inputs["bias"] = random(h, n, m, seed=1)
-
-    def reference(**arrays):
-        arrays, parameters = split(arrays)
-        return judge(name, options, DIM, **parameters)(**arrays, mask=chosen)
-
-    check(lambda **t: act(**t, mask=as_tensor(chosen)), reference, inputs, parameters_of(act))
-    weights = act(torch.from_numpy(inputs["logits"]), mask=as_tensor(chosen))
-    if chosen is not None:
-        assert not weights[~as_tensor(chosen).expand(b, h, n, m)].any()
-
-
-@pytest.mark.parametrize("mask", ["none", "images"])
-@pytest.mark.parametrize("dtype, unit", [(torch.half, 2**-10), (torch.bfloat16, 2**-7)])
-@pytest.mark.parametrize("name", ["ln", "ln_relu"])
-def test_layernorm_statistics_are_not_kept_in_half_precision(name, dtype, unit, mask):
-    b, h, n, m = 2, 2, 6, 400
-    chosen = make_mask(mask, b, h, n, m)
-    act = make_activation(name, dict(elementwise_affine=False), m)
-    logits = torch.from_numpy(30 + random(b, h, n, m)).to(dtype)
-    weights = act(logits, mask=as_tensor(chosen))
-    expected = judge(name, {}, DIM)(logits.double().numpy(), mask=chosen)
-    assert weights.dtype == dtype
-    worst = np.abs(weights.double().numpy() - expected).max()
-    assert worst < unit * max(1, np.abs(expected).max())
-
-
-# --------------------------------------------------------------------------------------------------
-# Attention: the definitions and the fast evaluations
-# --------------------------------------------------------------------------------------------------
-
-
 # What in the fast evaluations decides by size, with values that send small inputs the large ones' way;
 # and the evaluations of the position term. A name that is gone fails here, it is not skipped.
-THRESHOLDS = dict(SMALL=0, LOOK=0, TILE=2**9)
-POSITION_WAYS = dict(
-    by_matrix=("head", "channel"),
-    by_fft=("head", "channel"),
-    by_fourier_rows=("head",),
-    by_convolution=("head", "channel"),
-)
+THRESHOLDS = [(tiled, "TILE", 2**9), (tiled, "STORED", 0), (dispatch, "STORED", 0)]
+POSITION_WAYS = [
+    (position_by_matrix, "head"),
+    (position_by_matrix, "channel"),
+    (position_by_strips, "head"),
+    (position_by_fourier, "head"),
+    (position_by_fft, "head"),
+    (position_by_fft, "channel"),
+    (position_by_convolution, "head"),
+    (position_by_convolution, "channel"),
+]
 HALF_UNITS = 1  # units in the last place that a half-precision result may be off
 WAYS = ("definition", "convolutions", "fast", "fast_large")
 
@@ -252,8 +43,8 @@ def way(request, monkeypatch):
     if request.param == "convolutions":
         return attention_as_convs
     if request.param == "fast_large":
-        for name, value in THRESHOLDS.items():
-            monkeypatch.setattr(dispatch, name, value)
+        for module, name, value in THRESHOLDS:
+            monkeypatch.setattr(module, name, value)
     return dispatch.dynamic_conv_attention
 
 
@@ -333,7 +124,7 @@ def test_attention_of_wide_heads(way, name, position):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("way", ["fast_large"], indirect=True)
 def test_attention_in_several_tiles(way, name, position, mask):
-    """Tiles have 128 rows at least: 145 tokens make two of unequal size."""
+    """Tiles have 64 rows at least: 145 tokens make three of unequal size."""
     check_attention(way, name, {}, position, mask, (12, 12), 1, batch=1)
 
 
@@ -396,7 +187,7 @@ def test_fast_layernorm_of_half_precision_is_taken_in_float32(way, name, dtype, 
     assert worst < HALF_UNITS * unit * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("term, tables", [(term, t) for term, kinds in POSITION_WAYS.items() for t in kinds])
+@pytest.mark.parametrize("term, tables", POSITION_WAYS)
 @pytest.mark.parametrize("grid", [(3, 4), (5, 2), (1, 6)])
 def test_evaluations_of_the_position_term(term, grid, tables):
     n = grid[0] * grid[1]
@@ -413,7 +204,7 @@ def test_evaluations_of_the_position_term(term, grid, tables):
             return ref.depthwise_attention(zero, v, bias)
         return np.stack([np.stack([bias[i] @ image[i] for i in range(HEADS)]) for image in v])
 
-    check(lambda v, table: getattr(dispatch, term)(v, table, grid), reference, inputs)
+    check(lambda v, table: term(v, table, grid), reference, inputs)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])

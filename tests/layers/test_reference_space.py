@@ -11,6 +11,7 @@ from vitdynconv.framework import build, design_space
 
 
 CELLS = [cell.spec for cell in design_space() if cell.reason is None]
+BEST = 3  # kernels that `build` selects for top-k; its neighborhood is 3 x 3
 CELL_NAMES = ["-".join(map(str, vars(spec).values())) for spec in CELLS]
 
 
@@ -34,13 +35,18 @@ def cell_reference(spec, x, state, grid, heads):
             y[window] = cell_reference(plain, x[window], below(state, "mixer"), half, heads)
         return y
     size = spec.kernel_size
+    mask = ref.neighborhood(grid, 3) if spec.selection == "neighborhood" else None
     if spec.kernel_type == "pair" and size > 1:
         act = reference_of(spec.activation)
-        return ref.kernel_attention(x, state, heads, size, 1, act, None, grid)
+        count = BEST if spec.selection == "topk" else None
+        return ref.kernel_attention(x, state, heads, size, 1, act, None, grid, mask, count)
     if any(key.startswith("mixer.") for key in state):
         tokens = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
+        inner = below(state, "mixer")
+        if spec.selection == "topk":
+            mask = ref.best_of_tokens(tokens, inner, heads, BEST)
         name = spec.activation or "depthwise"
-        y = mixer_reference(name, tokens, below(state, "mixer"), grid, 0, None, heads)
+        y = mixer_reference(name, tokens, inner, grid, 0, mask, heads)
         return y.swapaxes(1, 2).reshape(x.shape)
     depthwise = spec.kernel_type == "depthwise"
     if spec.bank == "static":
@@ -49,6 +55,8 @@ def cell_reference(spec, x, state, grid, heads):
     pool = "position" if spec.bank == "none" else "image"
     if spec.selection == "soft":
         pool = state["generator.pool.E"][0]
+    if mask is not None:
+        pool = (mask / mask.sum(1, keepdims=True)).T
     if depthwise:
         return ref.dynamic_depthwise_conv(x, state, size, pool)
     return ref.generated_conv(x, state, size, pool)

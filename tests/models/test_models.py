@@ -312,7 +312,8 @@ def test_graphs_are_traced_as_timms():
         model = built(ZOO[name])
         node = 'stages.3' if 'convnext' in name else 'layers.1' if 'swin' in name else 'blocks.2'
         traced = create_feature_extractor(model, [node])
-        assert_equal(traced(images(model))[0].sum(), model.forward_intermediates(images(model), intermediates_only=True, norm=False)[-1].sum(), tol=1e-3)
+        found, = traced(images(model)).values()
+        assert_equal(found.sum(), model.forward_intermediates(images(model), intermediates_only=True, norm=False)[-1].sum(), tol=1e-3)
 
 
 @pytest.mark.parametrize('name, sizes', [(DEIT, VIT), (SWIN_T, SWIN)], ids=['deit', 'swin'])

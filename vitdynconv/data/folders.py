@@ -16,6 +16,7 @@ from collections import Counter
 from copy import copy
 from functools import partial
 from pathlib import Path
+from typing import Iterable
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
@@ -89,7 +90,7 @@ def class_of(name: str) -> str:
     return folder if slash else ''
 
 
-def class_folders(root) -> list:
+def class_folders(root: str | Path) -> list:
     "Names of the folders in a folder, hidden ones left out."
     return [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
 
@@ -119,7 +120,7 @@ SPLITS = {'train': ('train', 'training', 'ILSVRC2012_img_train'),
           'validation': ('validation', 'valid', 'val', 'eval', 'ILSVRC2012_img_val', 'test')}
 
 
-def places_of(root, split: str) -> list:  # existing folders or tars, the likeliest first
+def places_of(root: str | Path, split: str) -> list:  # existing folders or tars, the likeliest first
     "Where a split may lie."
     names = next((synonyms for synonyms in SPLITS.values() if split in synonyms), (split,))
     if split not in SPLITS: names = (split, *names)
@@ -150,7 +151,7 @@ HINTS = {'.parquet': "parquet files are read with reader='hfds'",
          '.tfrecord': "TensorFlow data are read with reader='tfds/NAME'"}
 
 
-def hint(root) -> str:
+def hint(root: str | Path) -> str:
     "What to do with what lies in a folder instead of class folders."
     endings = {os.path.splitext(name)[1].lower() for name in os.listdir(root) if not is_hidden(name)}
     hints = [words for ending, words in HINTS.items() if ending in endings]
@@ -160,7 +161,7 @@ def hint(root) -> str:
     return f' ({"; ".join(hints)})' if hints else ''
 
 # %% ../../nbs/data/05_folders.ipynb #fp3hi3x
-def is_unsplit(root) -> bool:
+def is_unsplit(root: str | Path) -> bool:
     "Is this a folder of class folders, with no splits above them?"
     root = Path(root)
     if not root.is_dir() or places_of(root, 'validation'): return False
@@ -171,12 +172,12 @@ def is_unsplit(root) -> bool:
     return any(map(is_image, below))
 
 
-def has_images(folder) -> bool:
+def has_images(folder: str | Path) -> bool:
     "Do images lie directly in a folder?"
     return any(is_image(entry.name) for entry in os.scandir(folder) if entry.is_file())
 
 # %% ../../nbs/data/05_folders.ipynb #fp4dig
-def digest(words) -> str:
+def digest(words: Iterable) -> str:
     "A short hash of strings."
     text = '\n'.join(words).encode(errors='surrogateescape')
     return hashlib.sha256(text).hexdigest()[:16]
@@ -229,7 +230,7 @@ def shared_images(
     return [name for name in some_alike if equal(train.root / name, valid.root / name)]
 
 # %% ../../nbs/data/05_folders.ipynb #fr1words
-def some(names, limit=5) -> str:
+def some(names: Iterable, limit=5) -> str:
     "A few names, and how many more there are."
     names = sorted(map(str, names), key=natural_key)
     more = f' and {len(names) - limit} more' if len(names) > limit else ''
@@ -249,7 +250,7 @@ def left_out(others: dict) -> str:
     return f'; left out: {", ".join(counts)}'
 
 # %% ../../nbs/data/05_folders.ipynb #fr2read
-def folder_reader(root) -> FolderReader:
+def folder_reader(root: str | Path) -> FolderReader:
     "The reader of one folder; a ValueError where it is none, or has no image."
     if not Path(root).is_dir(): raise ValueError(f'{root} is not a folder of class folders')
     reader = FolderReader(root)
@@ -258,7 +259,7 @@ def folder_reader(root) -> FolderReader:
 
 
 def folder_readers(
-    root,
+    root: str | Path,
     train_split='train', valid_split='validation',
     valid_pct=0.2, split_seed=42,  # where the folder has no splits
 ) -> tuple:                        # training and held-out reader, and the split that was made, or None
@@ -286,14 +287,15 @@ def overlap_problems(train: FolderReader, valid: FolderReader) -> list:  # of se
 
 # %% ../../nbs/data/05_folders.ipynb #fr3cls
 def class_problems(
-    train, valid,      # class names of both splits
+    train: list, valid: list,  # class names of both splits
     folders=(),        # what they were read from, to find empty class folders
     num_classes=None,  # how many there have to be
 ) -> list:             # of sentences
     "What is wrong with the classes of two splits."
     here, there = set(train), set(valid)
     problems = []
-    for classes, split, other in ((here - there, 'validation', 'training'), (there - here, 'training', 'validation')):
+    missing = (here - there, 'validation', 'training'), (there - here, 'training', 'validation')
+    for classes, split, other in missing:
         if not classes: continue
         problems.append(f'the {split} split lacks {len(classes)} of the {other} classes: {some(classes)}')
     for folder in dict.fromkeys(folders):
@@ -302,5 +304,6 @@ def class_problems(
     if num_classes and len(here) != num_classes:
         problems.append(f'{len(here)} classes found but {num_classes} expected: '
                         f'complete the data or set num_classes={len(here)}')
-    if len(here) < 2: problems.append(f'{len(here)} class found: at least two are needed, one folder for each')
+    if len(here) < 2:
+        problems.append(f'{len(here)} class found: at least two are needed, one folder for each')
     return problems

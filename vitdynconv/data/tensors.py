@@ -79,7 +79,7 @@ class TensorSet(ImageData):
         pixels: Tensor,    # (n, c, h, w), uint8 or floats in [0, 1]
         labels: Tensor,    # (n,) class numbers, or None
         vocab: list,       # names of the classes
-        mean, std,         # per channel, of pixels in [0, 1]
+        mean: tuple | list, std: tuple | list,  # per channel, of pixels in [0, 1]
         split_idx=1,       # 0 augments, 1 does not
         augment=LightAugment(),
         size=None,         # pixels a side of what is handed out; by default that of `pixels`

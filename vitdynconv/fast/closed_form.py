@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from .products import in_float32
 
-# %% ../../nbs/fast/01_closed_form.ipynb #e926b81c
-def is_shorter(
-    q: Tensor, # (..., n, d)
-    v: Tensor, # (..., m, e)
-) -> bool:
-    "Does `Q (K'V)` take fewer multiplications than `(Q K') V`?"
+# %% ../../nbs/fast/01_closed_form.ipynb #92b36e48
+def is_shorter(q: Tensor, v: Tensor) -> bool:
+    "Does `Q (K'V)` take fewer multiplications than `(Q K') V`, for (..., n, d) and (..., m, e)?"
     n, d = q.shape[-2:]
     m, e = v.shape[-2:]
     return (n + m) * d * e < n * m * (d + e)
@@ -33,13 +30,9 @@ def linear_attention(
     summary = (k.mT @ v) * scale         # (..., d, e)
     return (q @ summary).to(dtype)
 
-# %% ../../nbs/fast/01_closed_form.ipynb #7ac86311
-def row_statistics(
-    q: Tensor,        # (..., n, d) float32 at least
-    k: Tensor,        # (..., m, d) float32 at least
-    eps: float = 1e-5 # added to the variance
-) -> tuple:           # keys less their mean (..., m, d), and one over each row's deviation (..., n, 1)
-    "The statistics of a row of `Q K'`, which the keys prepare."
+# %% ../../nbs/fast/01_closed_form.ipynb #0610c3a3
+def row_statistics(q: Tensor, k: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    "Keys less their mean, (..., m, d), and one over the deviation of each row of `Q K'`, (..., n, 1)."
     k = k - k.mean(-2, keepdim=True)
     covariance = k.mT @ k / k.shape[-2]                      # (..., d, d)
     variance = ((q @ covariance) * q).sum(-1, keepdim=True)  # (..., n, 1)
@@ -63,24 +56,15 @@ def layernorm_attention(
     if shift is not None: y = y + (shift.to(v.dtype) @ v).unsqueeze(-2)
     return y.to(dtype)
 
-# %% ../../nbs/fast/01_closed_form.ipynb #e7259812
-def normalised(
-    q: Tensor,             # (..., n, d)
-    k: Tensor,             # (..., m, d)
-    weight: Tensor | None, # (m,)
-    eps: float = 1e-5,     # added to the variance
-) -> tuple:                # keys (..., m, d) and the factor of each query (..., n, 1), float32 at least
-    "Keys and factors such that `factor * q @ keys.mT` is LayerNorm of `Q K'`, without the shift."
+# %% ../../nbs/fast/01_closed_form.ipynb #ebdecaf2
+def normalised(q: Tensor, k: Tensor, weight: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    "Keys (..., m, d) and factors (..., n, 1), float32 at least: `factor * q @ keys.mT` is LayerNorm of `Q K'` without its shift."
     q, k = in_float32(q, k)
     k, factor = row_statistics(q, k, eps)
     return (k if weight is None else k * weight.to(k.dtype).unsqueeze(-1)), factor
 
-def with_shift(
-    q: Tensor,            # (..., n, d)
-    k: Tensor,            # (..., m, d)
-    shift: Tensor | None, # (m,)
-) -> tuple:               # queries and keys with one more channel
-    "Queries and keys whose products are `Q K' + shift`."
+def with_shift(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    "Queries (..., n, d + 1) and keys (..., m, d + 1) whose products are `Q K' + shift`, with a shift (m,)."
     if shift is None: return q, k
     column = shift.to(k.dtype).unsqueeze(-1).expand(*k.shape[:-1], 1)
     return F.pad(q, (0, 1), value=1.), torch.cat([k, column], -1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAST', 'keeps', 'is_plain', 'evaluation_of', 'as_matrix', 'fused', 'by_definition', 'add_position', 'constants',
-           'plain_pointwise', 'relu_of_layernorm', 'row_weights', 'in_tiles', 'by_triton', 'relu_by_triton', 'evaluate',
+           'plain_pointwise', 'relu_of_layernorm', 'row_weights', 'by_rows', 'by_triton', 'evaluate',
            'evaluate_by_logits', 'check_grid', 'dynamic_conv_attention', 'fast_depthwise_attention', 'accelerate']
 
 # %% ../../nbs/fast/04_dispatch.ipynb #65504954
@@ -24,12 +24,8 @@ from ..layers.depthwise import check_depthwise, depthwise_attention
 from ..layers.equivalence import as_activation, attention, check_shapes, with_position
 from ..layers.position import RelativePosition
 
-# %% ../../nbs/fast/04_dispatch.ipynb #90c051f4
-def keeps(
-    act: Callable, # an activation
-    cls: type,     # the class that makes the promise
-    *methods: str, # those that it makes the promise by
-) -> bool:
+# %% ../../nbs/fast/04_dispatch.ipynb #5b2eb75b
+def keeps(act: Callable, cls: type, *methods: str) -> bool:
     "Is `act` of this class, with none of these methods overridden?"
     return isinstance(act, cls) and all(getattr(type(act), name) is getattr(cls, name) for name in methods)
 
@@ -37,11 +33,8 @@ def is_plain(act: Callable) -> bool:
     "Does a point-wise activation compute `f(factor * logit)`, perhaps divided by the number of kernels, and nothing else?"
     return keeps(act, Activation, 'forward') and keeps(act, Pointwise, 'activate', 'elementwise')
 
-def evaluation_of(
-    act: Callable, # an activation
-    m: int,        # kernels
-) -> str:          # 'fused', 'linear', 'relu', 'pointwise', 'ln', 'ln_relu', 'rows' or 'definition'
-    "Which evaluation an activation's family allows. 'rows' is for all that only need to see whole rows."
+def evaluation_of(act: Callable, m: int) -> str:
+    "What an activation of `m` kernels allows: 'fused', 'linear', 'relu', 'pointwise', 'ln', 'ln_relu', 'rows' or 'definition'."
     family = getattr(act, 'family', None)
     if family == 'fused' and keeps(act, Softmax, 'forward'):
         if type(act).normalise in (Softmax.normalise, SoftmaxPlusOne.normalise): return 'fused'
@@ -54,23 +47,15 @@ def evaluation_of(
     per_kernel = known and all(p.shape == (m,) for p in act.parameters())
     return 'rows' if per_kernel else 'definition'
 
-# %% ../../nbs/fast/04_dispatch.ipynb #1597aba6
-def as_matrix(
-    t: Tensor | None, # broadcasts to (b, h, n, m)
-    q: Tensor,        # (b, h, n, d), gives the dtype of a bias
-) -> Tensor | None:   # 4-D
-    "A bias in the queries' dtype, or a mask, with four axes."
+# %% ../../nbs/fast/04_dispatch.ipynb #82acd3f2
+def as_matrix(t: Tensor | None, q: Tensor) -> Tensor | None:
+    "A mask, or a bias in the queries' dtype, with four axes."
     if t is None: return None
     t = t[(None,) * (4 - t.ndim)]
     return t if t.dtype == torch.bool else t.to(q.dtype)
 
-def fused(
-    q: Tensor, k: Tensor, v: Tensor, # (b, h, n or m, d)
-    act: Softmax,                    # its scale
-    bias: Tensor | None,             # broadcasts to (b, h, n, m)
-    mask: Tensor | None,             # bool, broadcasts to (b, h, n, m)
-) -> Tensor:                         # (b, h, n, e)
-    "Softmax attention by PyTorch's fused kernel."
+def fused(q, k, v, act: Softmax, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    "Softmax attention by PyTorch's fused kernel, for (b, h, n or m, d), a bias and a mask of four axes."
     empty = None
     if mask is not None and q.device.type != 'cpu':       # other kernels than the CPU's may give NaN there
         empty = ~mask.any(-1, keepdim=True)
@@ -82,29 +67,21 @@ def fused(
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=act.factor)
     return y if empty is None else y.masked_fill(empty, 0)
 
-# %% ../../nbs/fast/04_dispatch.ipynb #c4fa6858
+# %% ../../nbs/fast/04_dispatch.ipynb #98daf5a0
 def by_definition(q, k, v, act, bias, mask, position) -> Tensor:
     "`attention`, with weights of the values' dtype: under autocast, a bias or a parameter in float32 may have raised them."
     def weights(logits, bias=None, mask=None):
         return act(logits, bias=bias, mask=mask).to(v.dtype)
     return attention(q, k, v, weights, bias, mask, position)
 
-def add_position(
-    y: Tensor,                         # (b, h, n, e)
-    v: Tensor,                         # (b, h, m, e)
-    bias: Tensor | None,               # broadcasts to (b, h, n, m)
-    position: RelativePosition | None, # a table
-) -> Tensor:                           # (b, h, n, e)
-    "`y + B V` for a matrix and a table."
+def add_position(y: Tensor, v: Tensor, bias: Tensor | None, position: RelativePosition | None) -> Tensor:
+    "`y + B V`, (b, h, n, e), for a matrix and a table."
     if bias is not None: y = y + bias_product(v, bias).to(y.dtype)
     return y if position is None else y + relative_position(v, position).to(y.dtype)
 
-# %% ../../nbs/fast/04_dispatch.ipynb #b9442eea
-def constants(
-    act: Pointwise, # a plain one
-    m: int,         # kernels
-) -> tuple[float, float]: # factor of the logits, factor of the weights
-    "The constants of a point-wise activation over all `m` kernels."
+# %% ../../nbs/fast/04_dispatch.ipynb #ec8418c3
+def constants(act: Pointwise, m: int) -> tuple[float, float]:
+    "The factors of logits and of weights of a plain point-wise activation over `m` kernels."
     scale = act.factor / m if act.scale == 'num_kernels' else act.factor
     return scale, (1 / m if act.over_n else 1.)
 
@@ -124,37 +101,27 @@ def relu_of_layernorm(q, k, v, act, bias) -> Tensor:
     if bias is not None: bias = bias.to(keys.dtype)
     return pointwise_attention(queries, keys, v.to(keys.dtype), F.relu, bias=bias).to(v.dtype)
 
-# %% ../../nbs/fast/04_dispatch.ipynb #c2af45bf
-def row_weights(act: nn.Module) -> Callable:
-    "An activation as what a tile asks for: (logits, bias, mask, *parameters) -> weights."
+# %% ../../nbs/fast/04_dispatch.ipynb #85e4009d
+def row_weights(act: nn.Module, kind: str, masked: bool) -> tuple[Callable, list]:
+    "What a tile asks for: (logits, bias, mask, *parameters) -> weights, and the parameters. LayerNorm without a mask is one operator."
+    if kind in ('ln', 'ln_relu') and not masked:
+        params = [p for p in (act.weight, act.bias) if p is not None]
+        return layernorm_weights(kind == 'ln_relu', act.eps), params
     names = [name for name, _ in act.named_parameters()]
     def weights(logits, bias=None, mask=None, *params):
         if not params: return act(logits, bias=bias, mask=mask)
         return torch.func.functional_call(act, dict(zip(names, params)), (logits,), dict(bias=bias, mask=mask))
-    return weights
+    return weights, list(act.parameters())
 
-def in_tiles(
-    q: Tensor, k: Tensor, v: Tensor, # (b, h, n or m, d)
-    act: nn.Module,                  # an activation that works row by row
-    kind: str,                       # its `evaluation_of`
-    bias: Tensor | None,             # 4-D
-    mask: Tensor | None,             # 4-D
-) -> Tensor:                         # (b, h, n, e)
-    "Whole rows in tiles: LayerNorm by one operator, others as they are."
-    if kind in ('ln', 'ln_relu') and mask is None:
-        params = [p for p in (act.weight, act.bias) if p is not None]
-        weights = layernorm_weights(kind == 'ln_relu', act.eps)
-    else:
-        params = list(act.parameters())
-        weights = row_weights(act)
+def by_rows(q, k, v, act: nn.Module, kind: str, bias: Tensor | None, mask: Tensor | None, stored: bool) -> Tensor:
+    "Whole rows in tiles, or all stored, (b, h, n, e); bias and mask have four axes."
+    weights, params = row_weights(act, kind, mask is not None)
+    if stored: return weights(q @ k.mT, bias, mask, *params).to(v.dtype) @ v
     flat = [t.flatten(0, 1) for t in (q, k, v)]
     return Tiled.apply(*flat, bias, mask, weights, 1., 1., q.shape[1], *params).unflatten(0, q.shape[:2])
 
-# %% ../../nbs/fast/04_dispatch.ipynb #fc0dc24e
-def by_triton(
-    q: Tensor, # (b, h, n, d)
-    v: Tensor, # (b, h, m, e)
-) -> bool:
+# %% ../../nbs/fast/04_dispatch.ipynb #6bd10b36
+def by_triton(q: Tensor, v: Tensor) -> bool:
     "Is this ReLU attention one for the Triton kernels, and do they work on this device?"
     runs = q.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'
     fits = q.shape[-1] == v.shape[-1] <= 128 and q.dtype == v.dtype != torch.float64 and q.numel() and v.numel()
@@ -162,24 +129,9 @@ def by_triton(
     from vitdynconv.fast.triton import is_verified
     return is_verified(q.device, q.dtype, q.shape[-1])
 
-def relu_by_triton(q, k, v, act, kind) -> Tensor:
-    "`scaling_relu`, `relu` or `ln_relu` by the Triton kernels, (b, h, n, e)."
-    from vitdynconv.fast.triton import relu_attention
-    if kind == 'relu':
-        scale, gain = constants(act, k.shape[2])
-        return relu_attention(q, k, v, q.new_full((), scale, dtype=torch.float32), gain=gain)
-    keys, factor = normalised(q, k, act.weight, act.eps)
-    return relu_attention(q, keys.to(q.dtype), v, factor.squeeze(-1), act.bias)
-
-# %% ../../nbs/fast/04_dispatch.ipynb #ecdefd89
-def evaluate(
-    q: Tensor, k: Tensor, v: Tensor,   # (b, h, n or m, d)
-    act: Callable,                     # an activation
-    bias: Tensor | None,               # broadcasts to (b, h, n, m)
-    mask: Tensor | None,               # bool, broadcasts to (b, h, n, m)
-    position: RelativePosition | None, # a table
-) -> Tensor:                           # (b, h, n, e)
-    "The choice for four axes."
+# %% ../../nbs/fast/04_dispatch.ipynb #650eb3b0
+def evaluate(q, k, v, act: Callable, bias, mask, position: RelativePosition | None) -> Tensor:
+    "The choice for (b, h, n or m, d)."
     n, m = q.shape[2], k.shape[2]
     kind = evaluation_of(act, m)
     if kind == 'fused' and not torch.compiler.is_exporting():
@@ -194,7 +146,10 @@ def evaluate(
     if kind in ('definition', 'fused') or recorded():
         return by_definition(q, k, v, act, bias, mask, position)
     if mask is None and kind in ('relu', 'ln_relu') and by_triton(q, v):
-        return add_position(relu_by_triton(q, k, v, act, kind), v, bias, position)
+        from vitdynconv.fast.triton import relu_attention, layernorm_relu_attention
+        if kind == 'relu': y = relu_attention(q, k, v, *constants(act, m))
+        else: y = layernorm_relu_attention(q, k, v, act.weight, act.bias, act.eps)
+        return add_position(y, v, bias, position)
     return evaluate_by_logits(q, k, v, act, kind, bias, mask, position)
 
 def evaluate_by_logits(q, k, v, act, kind, bias, mask, position) -> Tensor:
@@ -210,8 +165,7 @@ def evaluate_by_logits(q, k, v, act, kind, bias, mask, position) -> Tensor:
         y = plain_pointwise(q, k, v, act, inside)
     elif mask is None and kind == 'ln_relu' and is_shorter(q, v) and by_closed_form(n, m, True, training):
         y = relu_of_layernorm(q, k, v, act, inside)
-    if y is None and few and training: return by_definition(q, k, v, act, bias, mask, position)
-    if y is None: y = in_tiles(q, k, v, act, kind, inside, as_matrix(mask, q))
+    if y is None: y = by_rows(q, k, v, act, kind, inside, as_matrix(mask, q), few and training)
     return add_position(y, v, None, beside)
 
 # %% ../../nbs/fast/04_dispatch.ipynb #a8376c71
@@ -270,12 +224,10 @@ def fast_depthwise_attention(
     if bias is None: return y
     return y + masked_position(k, bias.to(k.dtype), mask.expand(len(k), -1, -1)).to(y.dtype)
 
-# %% ../../nbs/fast/04_dispatch.ipynb #e65e5605
+# %% ../../nbs/fast/04_dispatch.ipynb #9c412254
 FAST = {attention: dynamic_conv_attention, depthwise_attention: fast_depthwise_attention}
 
-def accelerate(
-    model: nn.Module, # with mixers of this library; changed in place
-) -> nn.Module:       # the same model
+def accelerate(model: nn.Module) -> nn.Module:
     "Let every mixer that computes by its definition compute by its fast evaluation: sets their `backend`, nothing else."
     for mixer in model.modules():
         mixer_backend = getattr(mixer, 'backend', None)

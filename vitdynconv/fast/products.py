@@ -11,12 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../../nbs/fast/00_products.ipynb #217c5bab
+# %% ../../nbs/fast/00_products.ipynb #55f51240
 HALF = torch.half, torch.bfloat16
 
-def in_float32(
-    *tensors: Tensor, # of any dtype
-) -> list[Tensor]:    # the same; half precision as float32
+def in_float32(*tensors: Tensor) -> list[Tensor]:
     "Half precision as float32, other dtypes unchanged: for sums over all tokens."
     return [t.float() if t.dtype in HALF else t for t in tensors]
 
@@ -31,32 +29,24 @@ def scaled_product(
     if scale == 1.: return torch.bmm(a, b, out=out)
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scale, out=out)
 
-# %% ../../nbs/fast/00_products.ipynb #71c50435
-def room(
-    memory: Tensor, # 1-D, at least as large as the product
-    a: Tensor,      # (g, n, c)
-    b: Tensor,      # (g, c, m)
-) -> Tensor:        # (g, n, m), a view
-    "The part of `memory` that the product of `a` and `b` fills."
+# %% ../../nbs/fast/00_products.ipynb #1e4b1adc
+def room(memory: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    "The part of `memory`, of one axis, that the product of (g, n, c) and (g, c, m) fills: a view (g, n, m)."
     shape = (*a.shape[:2], b.shape[2])
     return memory[:math.prod(shape)].view(shape)
 
-# %% ../../nbs/fast/00_products.ipynb #9c6dbaf9
+# %% ../../nbs/fast/00_products.ipynb #f3d05796
 def recorded() -> bool:
     "Is the computation recorded (`torch.compile`, `torch.export`, ONNX, `torch.jit.trace`)? Then plain operators serve best."
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
-def trains(
-    *tensors: Tensor | None, # inputs and parameters
-) -> bool:
+def trains(*tensors: Tensor | None) -> bool:
     "Will a gradient be asked for?"
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
-# %% ../../nbs/fast/00_products.ipynb #3b6e9d36
-def autocast_dtype(
-    device: str,          # 'cpu', 'cuda', 'meta', ...
-) -> torch.dtype | None:  # None where autocast is off
-    "The dtype of autocast on a device."
+# %% ../../nbs/fast/00_products.ipynb #29ea4bce
+def autocast_dtype(device: str) -> torch.dtype | None:
+    "The dtype of autocast on a type of device; None where it is off."
     known = torch.amp.is_autocast_available(device)
     return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
 

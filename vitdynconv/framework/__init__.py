@@ -1,8 +1,10 @@
-"Four questions about any token mixer, Table 1, and the design space they span."
+"Four questions about any token mixer, Table 1, the design space they span, and the proofs."
 from vitdynconv import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
-    space="KernelSpec describe table1 design_space build",
+    spec="KernelSpec generators find_mixers generator_weights",
+    probe="describe table1",
+    space="design_space why_not build against_definition",
     proofs="equivalence_table",
 )

@@ -81,7 +81,8 @@ def _attn(self: DynamicConvSwinBlock, x: Tensor) -> Tensor:
 class WholeMapBlock(DynamicConvSwinBlock):
     "timm's Swin block around a mixer of whole maps: no windows, no shifts."
     def _attn(self, x):
-        grid = tuple(x.shape[1:3])
+        _, height, width, _ = x.shape
+        grid = height, width
         if self.dynamic_mask: self.attn.live_grid = grid
         return self.attn(x.flatten(1, 2)).unflatten(1, grid)
 

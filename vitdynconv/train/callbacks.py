@@ -6,7 +6,7 @@
 __all__ = ['warmup_cosine', 'rate_of', 'RecipeSchedule', 'smoothed_rows', 'Mixing', 'Mean', 'MeanLoss', 'top_k', 'accuracy',
            'top5', 'sum_over_processes', 'SmoothLoss', 'LossRecorder', 'EpochRecorder', 'LossGraph', 'duration',
            'print_row', 'EpochBar', 'Progress', 'ClipNorm', 'Accumulation', 'WeightAverage', 'AverageAccuracy',
-           'Distributed', 'SetEpoch', 'mixing_callback', 'recipe_callbacks']
+           'Distributed', 'SetEpoch']
 
 # %% ../../nbs/train/01_callbacks.ipynb #a678e441
 import math
@@ -16,7 +16,6 @@ import time
 import torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.all import *
-from fastai.callback.channelslast import ChannelsLast
 from fastai.distributed import *
 from fastcore.imports import IN_NOTEBOOK
 from timm.data.mixup import Mixup, one_hot
@@ -387,30 +386,3 @@ class SetEpoch(Callback):
         loader = self.dls.train
         for part in (loader, getattr(loader, 'sampler', None), getattr(loader, 'dataset', None)):
             if hasattr(part, 'set_epoch'): part.set_epoch(self.epoch)
-
-# %% ../../nbs/train/01_callbacks.ipynb #835d8e0c
-def mixing_callback(
-    recipe,       # `Recipe`
-    num_classes,  # of the model
-) -> list:        # of one `Mixing`, or empty where the recipe neither mixes nor smooths
-    "Mixup, cutmix and label smoothing of a recipe."
-    if not (recipe.mixup or recipe.cutmix or recipe.label_smoothing): return []
-    mixup = Mixup(num_classes=num_classes, **recipe.arguments('mixing'))
-    return [Mixing(mixup, recipe.mixup_off_epoch)]
-
-def recipe_callbacks(
-    recipe,       # `Recipe`
-    num_classes,  # of the model
-    device,       # of the loaders
-) -> list:        # of callbacks
-    "The callbacks that put a recipe into effect."
-    share = recipe.warmup_epochs / recipe.epochs
-    schedule = RecipeSchedule(share, recipe.warmup_lr, recipe.min_lr, recipe.grad_accum)
-    cbs = [TrainEvalCallback(), EpochRecorder(), CastToTensor(), Progress(), SetEpoch(), schedule]
-    cbs += [ClipNorm(recipe.clip_grad or math.inf), *mixing_callback(recipe, num_classes)]
-    if recipe.grad_accum > 1: cbs.append(Accumulation(recipe.grad_accum))
-    if recipe.ema: cbs.append(WeightAverage(recipe.ema_decay))
-    if recipe.channels_last: cbs.append(ChannelsLast())
-    if recipe.amp and device.type == 'cuda': cbs.append(MixedPrecision(recipe.amp))
-    if dist.is_initialized(): cbs.append(Distributed())
-    return cbs

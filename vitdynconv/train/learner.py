@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'CrossEntropy', 'head_names', 'layer_numbers', 'parameter_depths', 'decays', 'parameter_groups',
-           'values_for', 'DepthGroups', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'warn_of_amp',
-           'create_learner']
+           'values_for', 'DepthGroups', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'mixing_callback',
+           'recipe_callbacks', 'warn_of_amp', 'create_learner']
 
 # %% ../../nbs/train/02_learner.ipynb #8712487b
+import math
 import time
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -17,10 +18,14 @@ from fastai.callback.all import *
 from fastai.distributed import *
 from fastai.optimizer import set_item_pg
 from fastcore.basics import even_mults
+from fastai.callback.channelslast import ChannelsLast
+from timm.data.mixup import Mixup
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from ..tools import compat
-from .callbacks import AverageAccuracy, WeightAverage, accuracy, recipe_callbacks
+from vitdynconv.train.callbacks import (
+    Accumulation, AverageAccuracy, ClipNorm, Distributed, EpochRecorder, Mixing, Progress, RecipeSchedule, SetEpoch,
+    WeightAverage, accuracy)
 
 # %% ../../nbs/train/02_learner.ipynb #2124947b
 class CrossEntropy(nn.CrossEntropyLoss):
@@ -255,6 +260,33 @@ def add_cb(self: RecipeLearner, cb):
 def remove_cb(self: RecipeLearner, cb):
     if self.listeners: self.listeners = {}
     return Learner.remove_cb(self, cb)
+
+# %% ../../nbs/train/02_learner.ipynb #835d8e0c
+def mixing_callback(
+    recipe,       # `Recipe`
+    num_classes,  # of the model
+) -> list:        # of one `Mixing`, or empty where the recipe neither mixes nor smooths
+    "Mixup, cutmix and label smoothing of a recipe."
+    if not (recipe.mixup or recipe.cutmix or recipe.label_smoothing): return []
+    mixup = Mixup(num_classes=num_classes, **recipe.arguments('mixing'))
+    return [Mixing(mixup, recipe.mixup_off_epoch)]
+
+def recipe_callbacks(
+    recipe,       # `Recipe`
+    num_classes,  # of the model
+    device,       # of the loaders
+) -> list:        # of callbacks
+    "The callbacks that put a recipe into effect."
+    share = recipe.warmup_epochs / recipe.epochs
+    schedule = RecipeSchedule(share, recipe.warmup_lr, recipe.min_lr, recipe.grad_accum)
+    cbs = [TrainEvalCallback(), EpochRecorder(), CastToTensor(), Progress(), SetEpoch(), schedule]
+    cbs += [ClipNorm(recipe.clip_grad or math.inf), *mixing_callback(recipe, num_classes)]
+    if recipe.grad_accum > 1: cbs.append(Accumulation(recipe.grad_accum))
+    if recipe.ema: cbs.append(WeightAverage(recipe.ema_decay))
+    if recipe.channels_last: cbs.append(ChannelsLast())
+    if recipe.amp and device.type == 'cuda': cbs.append(MixedPrecision(recipe.amp))
+    if dist.is_initialized(): cbs.append(Distributed())
+    return cbs
 
 # %% ../../nbs/train/02_learner.ipynb #6c7f52fb
 def warn_of_amp(

@@ -246,7 +246,11 @@ _plain = dict(label_smoothing=0.1, drop_path=0.0, mixup=0.0, cutmix=0.0, rand_au
 _small = dict(model='vit_tiny_patch16_224', class_token=False, **_plain)
 _small_args = dict(patch_size=4, mlp_ratio=2.0, weight_init='jax')
 
-def small_recipe(name, batch_size, **settings) -> Recipe:
+def small_recipe(
+    name,        # of the recipe
+    batch_size,  # images in a step, for which the learning rate is meant
+    **settings,  # the other fields
+) -> Recipe:
     "A small ViT without a class token; its learning rate is the one of its batch size."
     return Recipe(name, batch_size=batch_size, lr_batch_size=batch_size, **_small | settings)
 

@@ -173,9 +173,8 @@ def draw_pair(
     place_bank(sheet, 'keys', k, best, upper, f'keys: {n} kernels of {d}')
     place_bank(sheet, 'values', v, best, lower, 'values: their partners')
     place(sheet, 'output', (weights @ v)[:, None], 1.72, lower, .16, .95, '$y_i$')
-    for name, values, y in ('logits', logits, upper), ('weights', weights, lower):
-        title = f'{n} products' if name == 'logits' else f'{n} weights'
-        ax = place(sheet, name, values.unflatten(0, grid), 5.2, y, width, high, title)
+    for name, title, values, y in ('logits', 'products', logits, upper), ('weights', 'weights', weights, lower):
+        ax = place(sheet, name, values.unflatten(0, grid), 5.2, y, width, high, f'{n} {title}')
         mark(ax, best // w, best % w)
     middle, x = .47, 5.2 + width / 2
     for start, end in (1.53, 1.69), (4.6, 5.15):
