@@ -21,7 +21,7 @@ from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.layers.conv import to_map, to_tokens
 from vitdynconv.tools.testing import assert_equal, difference
-from vitdynconv.layers.dynconv import KernelAttention2d
+from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import attention, attention_to_convs, convs_to_attention
 from vitdynconv.layers.selection import (SELECTIONS, SHARING, AllKernels, NeighborhoodKernels, ProjectedKernels, TopKernels,
                                          WindowKernels, create_selection, projections)
