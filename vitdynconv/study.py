@@ -39,6 +39,7 @@ from .models.registry import create_model
 from .viz.curves import draw_curves
 from .viz.theme import INK, ink_axes
 from .train.recipes import RECIPES, Recipe
+from .train.record import refuse_training_run
 
 # %% ../nbs/study.ipynb #4d64125f
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ def open_study(
     out, wanted = Path(out), describe(plan)
     file, short = out / 'study.json', lambda value: f'{len(value)} networks' if isinstance(value, list) and value and isinstance(value[0], dict) else value
     if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; name a folder, which may be new')
+    refuse_training_run(out)
     if not file.exists():
         if (out / 'runs').exists() and any((out / 'runs').iterdir()): raise ValueError(f'{out} holds runs of an unknown study: study.json is missing; choose another --out')
         (out / 'runs').mkdir(parents=True, exist_ok=True)
