@@ -52,7 +52,7 @@ class DynamicConvSwinBlock(SwinTransformerBlock):
     @property
     def attn_mask(self) -> Tensor | None:
         "(windows, n, n): 0 for kernels of the same region, -100 for others; None without a shift."
-        like = self.norm1.weight
+        like = next(self.norm1.parameters())   # the weight itself, where a tracer is at work, too
         if torch.compiler.is_compiling(): return self.get_attn_mask(device=like.device, dtype=like.dtype)
         key = self.input_resolution, self.window_size, self.shift_size, like.device, like.dtype
         if self.made_mask and self.made_mask[0] == key: return self.made_mask[1]
