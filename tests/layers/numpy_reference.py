@@ -775,7 +775,7 @@ def kernel_attention(
             banks = projected_kernels(*banks, state["selection.E"], state.get("selection.F"))
         table = state.get("relative_position_bias_table")
         bias = None if table is None else relative_bias(table, grid)
-        weights_of = activation_of(activation, state, banks[0].shape[3], options)
+        weights_of = activation_of(activation, state, query.shape[1], options)
         kept = [r * width + c for r in range(0, height, stride) for c in range(0, width, stride)]
         for head in range(heads):
             keys, values = [bank[0, head].reshape(bank.shape[2], -1, k, k) for bank in banks]

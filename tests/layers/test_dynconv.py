@@ -1,7 +1,9 @@
 "Dynamic convolutions against loops over images, positions and kernels, over shapes drawn by hypothesis."
 import copy
+import itertools
 import math
 import pickle
+import warnings
 
 import hypothesis.strategies as st
 import pytest
@@ -14,8 +16,9 @@ from torch import nn
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.conv import to_map, to_tokens
 from vitdynconv.tools.testing import assert_equal, difference
-from vitdynconv.layers.dynconv import (DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv1d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d, KernelAttention2d, anneal,
-                                conv_per_image, local_conv)
+from vitdynconv.layers.dynconv import (DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv1d, DynamicDepthwiseConv2d,
+                                       GeneratedConv2d, Involution2d, anneal, conv_by_patches, conv_per_image, local_conv)
+from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import attention_to_convs
 from vitdynconv.layers.selection import ProjectedKernels, WindowKernels
 
@@ -69,7 +72,7 @@ def test_temperature_falls_and_is_saved():
     fresh = DynamicConv2d(4, 4, 3)
     fresh.load_state_dict(model[0].state_dict())
     assert fresh.temperature == 15.5
-    assert set(fresh.state_dict()) == {'weight', 'bias', 'temperature', 'router.0.weight', 'router.0.bias', 'router.2.weight', 'router.2.bias'}
+    assert set(fresh.state_dict()) == {'weight', 'bias', 'temperature_millionths', 'router.0.weight', 'router.0.bias', 'router.2.weight', 'router.2.bias'}
 
 
 @few
@@ -185,10 +188,135 @@ def test_export_with_any_batch_size(name):
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (lambda: DynamicConv2d(8, 6, 3, groups=4), '4 groups do not divide out_channels=6'), (lambda: DynamicConv2d(8, 6, 3, num_kernels=0), 'num_kernels=0'), (lambda: DynamicDepthwiseConv2d(8, 4), 'choose odd'),
+    (lambda: DynamicConv2d(8, 6, 3, groups=4), '4 groups do not divide out_channels=6'), (lambda: DynamicConv2d(8, 6, 3, num_kernels=0), 'num_kernels=0'), (lambda: DynamicDepthwiseConv2d(8, 4), 'choose odd sizes'),
     (lambda: DynamicDepthwiseConv2d(8, 3, per='pixel'), "choose 'position' or 'image'"), (lambda: DynamicDepthwiseConv2d(8, 3, groups=3), '3 groups'), (lambda: Involution2d(24), 'group_channels=16'),
     (lambda: GeneratedConv2d(4, 2), 'kernel_size=2'), (lambda: GeneratedConv2d(4, 3, 'pixel'), 'per='), (lambda: KernelAttention2d(10, 4), '4 heads'), (lambda: KernelAttention2d(8, 2, 2), 'kernel_size=2'),
     (lambda: KernelAttention2d(8, 2, pos='rel'), 'grid_size'), (lambda: KernelAttention2d(8, 2, pos='rel', grid_size=2, selection=ProjectedKernels(2, 2)), 'soft selection'),
     (lambda: KernelAttention2d(8, 2, selection=WindowKernels(3))(torch.randn(1, 8, 4, 4)), 'do not tile')])
 def test_wrong_settings_are_answered(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()
+
+
+@modules
+def test_no_images_and_meta_device(name):
+    module = MODULES[name]().eval()
+    out = module(torch.zeros(2, 8, 6, 6)).shape[1:]
+    x = torch.zeros(0, 8, 6, 6, requires_grad=True)
+    y = module(x)
+    assert y.shape == (0, *out)
+    y.sum().backward()
+    assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
+    assert module.to('meta')(torch.zeros(3, 8, 6, 6, device='meta')).shape == (3, *out)
+
+
+@modules
+def test_traced_with_any_batch_size(name):
+    module = MODULES[name]().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        traced = torch.jit.trace(module, torch.randn(2, 8, 6, 6))
+    for b in 0, 1, 5:
+        x = torch.randn(b, 8, 6, 6)
+        torch.testing.assert_close(traced(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+@modules
+def test_as_a_leaf_of_torch_fx(name):
+    from timm.models import create_feature_extractor
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = MODULES[name]().eval(), nn.ReLU()
+        def forward(self, x): return self.act(self.conv(x))
+    net, x = Net().eval(), torch.randn(2, 8, 6, 6)
+    found = create_feature_extractor(net, ['conv'])(x)
+    torch.testing.assert_close(list(found.values())[0] if isinstance(found, dict) else found[0], net.conv(x))
+
+
+@modules
+def test_reset_gives_memory_a_meaning(name):
+    "Built on the meta device, given memory, started: as good as new."
+    with torch.device('meta'): module = MODULES[name]()
+    module = module.to_empty(device='cpu')
+    for p in module.parameters(): nn.init.constant_(p, math.nan)
+    for b in module.buffers(): b.fill_(0)
+    for part in module.modules():
+        if hasattr(part, 'reset_parameters'): part.reset_parameters()
+    assert torch.isfinite(module.eval()(torch.randn(2, 8, 6, 6))).all()
+
+
+@few
+@given(nd=st.integers(1, 2), b=st.integers(0, 3), groups=st.sampled_from([1, 2]), stride=small, dilation=st.integers(1, 2), k=st.integers(1, 4), padding=st.sampled_from([0, 2, 'same', 'valid']))
+def test_patches_are_convolutions(nd, b, groups, stride, dilation, k, padding):
+    if padding == 'same': stride = 1
+    x, w, bias = normal(b, 4, *(9, 8)[:nd]), normal(b, 6, 4 // groups, *[k] * nd, seed=1), normal(b, 6, seed=2)
+    conv = (F.conv1d, F.conv2d)[nd - 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # 'same' with an even kernel copies
+        wanted = [conv(x[i:i + 1], w[i], bias[i], stride, padding, dilation, groups) for i in range(b)]
+    y = conv_by_patches(x, w, bias, groups, stride=stride, padding=padding, dilation=dilation)
+    if b: assert_equal(y, torch.cat(wanted))
+    else: assert len(y) == 0
+
+
+def test_temperature_is_a_schedule():
+    "Nobody casts it, averages it or decays it; who copies the network follows it, and it is exact."
+    from timm.optim import param_groups_weight_decay
+    from timm.utils import ModelEmaV3
+    conv = DynamicConv2d(4, 4, 3, temperature=.7)
+    for exclude in False, True:
+        average = ModelEmaV3(conv, decay=.5, exclude_buffers=exclude)
+        conv.anneal(3.3)
+        average.update(conv)
+        assert average.module.temperature == conv.temperature == 20.43
+    averaged = torch.optim.swa_utils.AveragedModel(conv)
+    conv.anneal(6.6)
+    averaged.update_parameters(conv)
+    assert conv.temperature == 10.86
+    assert copy.deepcopy(conv).half().float().double().temperature == 10.86
+    assert 'temperature_millionths' not in dict(conv.named_parameters())
+    x = normal(2, 4, 5, 5)
+    conv = DynamicConv2d(4, 4, 3, temperature=.7).double()
+    scores = conv.router(x.mean((2, 3)))
+    torch.testing.assert_close(conv.coefficients(x), (scores / .7).softmax(-1), rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.parametrize('mean, relu', [('max', True), ('mean', False)])
+def test_router_is_mean_and_relu(mean, relu):
+    "The reference with max for mean, or without ReLU, is another router."
+    conv, x = randomized(DynamicConv2d(8, 6, 3, temperature=1.), .8), normal(4, 8, 5, 5)
+    pooled = x.amax((2, 3)) if mean == 'max' else x.mean((2, 3))
+    hidden = conv.router[0](pooled)
+    other = conv.router[2](F.relu(hidden) if relu else hidden).softmax(-1)
+    assert (other - conv.coefficients(x)).abs().max() > 1e-2
+    right = conv.router[2](F.relu(conv.router[0](x.mean((2, 3))))).softmax(-1)
+    assert_equal(conv.coefficients(x), right)
+
+
+@few
+@given(nd=st.integers(1, 2), k=odd, stride=small, dilation=st.integers(1, 2), groups=st.sampled_from([1, 2, 4]), shared=st.booleans())
+def test_gradients_written_out(nd, k, stride, dilation, groups, shared):
+    "The custom backward pass against automatic differentiation of the literal sum over taps."
+    x = normal(2, 4, *(7, 6)[:nd])
+    out = [1] * nd if shared else [math.ceil(n / stride) for n in x.shape[2:]]
+    kernels = normal(2, groups, k ** nd, *out, seed=1)
+    def summed(x, kernels):
+        padded = F.pad(x, [dilation * (k // 2)] * (2 * nd))
+        y = 0
+        for tap, offset in enumerate(itertools.product(range(k), repeat=nd)):
+            part = padded
+            for axis, (o, n) in enumerate(zip(offset, x.shape[2:])):
+                part = part.narrow(axis + 2, o * dilation, n)[(slice(None),) * (axis + 2) + (slice(None, None, stride),)]
+            y = y + kernels[:, :, tap].repeat_interleave(4 // groups, 1) * part
+        return y
+    diff = difference(lambda x, kernels: local_conv(x, kernels, (k,) * nd, stride, dilation), summed, x, kernels)
+    assert max(diff) < 1e-12
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_local_conv_under_autocast(dtype):
+    conv, x = DynamicDepthwiseConv2d(8, 3, norm_layer=None), torch.randn(2, 8, 6, 6, requires_grad=True)
+    with torch.autocast('cpu', dtype): y = conv(x)
+    grad, = torch.autograd.grad(y.float().square().sum(), x)
+    exact, = torch.autograd.grad(conv(x).square().sum(), x)
+    assert (grad - exact).norm() < .05 * exact.norm()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from timm.layers import Attention
@@ -18,7 +19,8 @@ from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
-from vitdynconv.layers.dynconv import DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d, KernelAttention2d
+from vitdynconv.layers.dynconv import DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d
+from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import DynamicConvBlock
 from vitdynconv.framework import reference
 from vitdynconv.framework.commands import vdc_equiv
@@ -264,6 +266,13 @@ def test_the_design_space_sees_a_wrong_activation(monkeypatch):
     spec = KernelSpec('dynamic', 'all', 'pair', 1, 'scaling_relu')
     mixer = build(spec, 4, (4, 6)).double()
     assert min(against_definition(mixer, spec, torch.randn(1, 4, 4, 6, dtype=torch.float64))) > 1e-3
+
+
+def test_the_judge_sees_a_wrong_gradient():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    def wrong(x): return 2 * x.tanh() - x.tanh().detach()            # right values, twice the gradient
+    found = reference.difference_from_reference(wrong, lambda x: np.tanh(x), dict(x=x), {})
+    assert found.outputs < 1e-14 and found.gradients > 1e-3
 
 
 def test_the_definitions_import_none_of_the_layers():

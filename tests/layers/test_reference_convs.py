@@ -11,8 +11,8 @@ from vitdynconv.layers.dynconv import (
     DynamicDepthwiseConv2d,
     GeneratedConv2d,
     Involution2d,
-    KernelAttention2d,
 )
+from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.selection import WindowKernels
 
 

@@ -21,7 +21,7 @@ from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.layers.conv import to_map, to_tokens
 from vitdynconv.tools.testing import assert_equal, difference
-from vitdynconv.layers.dynconv import KernelAttention2d
+from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import attention, attention_to_convs, convs_to_attention
 from vitdynconv.layers.selection import (SELECTIONS, SHARING, AllKernels, NeighborhoodKernels, ProjectedKernels, TopKernels,
                                          WindowKernels, create_selection, projections)
@@ -426,6 +426,10 @@ def test_topk_settles_ties_by_order(n, data):
     chosen = TopKernels(k)(q, keys, keys, torch.tensor(allowed)[None])[2][0, 0, 0]
     order = sorted((j for j in range(n) if allowed[j]), key=lambda j: (-answers[j], j))
     assert chosen.nonzero().flatten().tolist() == sorted(order[:k])
+
+
+def test_shares_of_topk_are_rounded():
+    assert [TopKernels(share).count(n) for share, n in [(.3, 9), (.25, 10), (.01, 9), (1., 9), (.5, 4)]] == [3, 3, 1, 9, 2]
 
 
 @few

@@ -187,7 +187,25 @@ def is_nonzero(gradient: Tensor) -> Tensor:
     "bool: where a gradient is not zero, rounding errors aside."
     return gradient.abs() > 1e-9 * gradient.abs().max()
 
-# %% ../../nbs/framework/01_probe.ipynb #99596594
+# %% ../../nbs/framework/01_probe.ipynb #d30e076e
+@patch
+def stride(self: Probe) -> int:
+    "By which factor the output is smaller than the feature map."
+    if self.cut.parts: return 1
+    area = self.q[0, 0].numel() / self.positions
+    return round(area ** (1 / (self.q.ndim - 2)))
+
+@patch
+def reach(self: Probe) -> int:
+    "Positions along the first axis that the output is made of: its own and twice those on the side away from the border."
+    gradient = self.feature_gradient().abs()
+    if self.cut.parts: return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
+    rows = is_nonzero(gradient[0].sum(0).reshape(gradient.shape[2], -1).sum(1))
+    positions_per_row = math.prod(math.ceil(n / self.stride()) for n in gradient.shape[3:])
+    centre = self.position // positions_per_row * self.stride()
+    return 1 + 2 * int(max(rows[:centre].sum(), rows[centre + 1:].sum()))
+
+# %% ../../nbs/framework/01_probe.ipynb #80985c2f
 @patch
 def selected(self: Probe,
     position: int | None = None, # of the output; None: the one that is watched
@@ -202,7 +220,7 @@ def selected(self: Probe,
     if q is None: self.sets[key] = chosen
     return chosen
 
-# %% ../../nbs/framework/01_probe.ipynb #3fe6a097
+# %% ../../nbs/framework/01_probe.ipynb #e13a0e82
 @patch
 def follows_query(self: Probe) -> bool:
     "Do other queries select other kernels, and always the same number of them?"
@@ -232,7 +250,7 @@ def moves_along(self: Probe) -> bool:
     same_size = [s for s in self.other_sets() if s.sum() == mine.sum()]
     return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)
 
-# %% ../../nbs/framework/01_probe.ipynb #03ca2575
+# %% ../../nbs/framework/01_probe.ipynb #cb9edc03
 @patch
 def depends_on_places(self: Probe) -> bool:
     "Does the output change when the selected kernels change places?"
@@ -246,14 +264,14 @@ def depends_on_places(self: Probe) -> bool:
     after = self.cut(self.q, self.cut.kernels(moved))[self.position]
     return bool((after - before).abs().max() > 1e-9 * before.abs().max())
 
-# %% ../../nbs/framework/01_probe.ipynb #1ed88825
+# %% ../../nbs/framework/01_probe.ipynb #3ff29ab6
 @patch
 def is_bounded(self: Probe) -> bool:
     "Do the kernels stay in bounds, however large the image that makes them?"
     large = self.cut(self.q, self.cut.kernels(1e6 * self.z))
     return bool(large.abs().max() < 100 * self.y.abs().max())
 
-# %% ../../nbs/framework/01_probe.ipynb #f441d085
+# %% ../../nbs/framework/01_probe.ipynb #48f13b97
 @patch
 def input_channels(self: Probe) -> int:
     "How many channels of the feature map the first channel of the output is made of."
@@ -275,31 +293,14 @@ def kernel_type(self: Probe) -> str:
     if self.input_channels() == 1: return 'depthwise'
     return 'dense' if self.is_linear() else 'pair'
 
-# %% ../../nbs/framework/01_probe.ipynb #88a3685c
-@patch
-def stride(self: Probe) -> int:
-    "By which factor the output is smaller than the feature map."
-    if self.cut.parts: return 1
-    area = self.q[0, 0].numel() / self.positions
-    return round(area ** (1 / (self.q.ndim - 2)))
-
-@patch
-def reach(self: Probe) -> int:
-    "Positions along the first axis that the output is made of: its own and twice those on the side away from the border."
-    gradient = self.feature_gradient().abs()
-    if self.cut.parts: return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
-    rows = is_nonzero(gradient[0].sum(0).reshape(gradient.shape[2], -1).sum(1))
-    positions_per_row = math.prod(math.ceil(n / self.stride()) for n in gradient.shape[3:])
-    centre = self.position // positions_per_row * self.stride()
-    return 1 + 2 * int(max(rows[:centre].sum(), rows[centre + 1:].sum()))
-
+# %% ../../nbs/framework/01_probe.ipynb #b6de2399
 @patch
 def kernel_size(self: Probe) -> int:
     "k"
     if self.kernel_type() != 'pair': return self.reach()
     return (self.reach() + self.stride()) // (self.stride() + 1)
 
-# %% ../../nbs/framework/01_probe.ipynb #387e6d11
+# %% ../../nbs/framework/01_probe.ipynb #06fa5315
 def rank(matrix: Tensor) -> int:
     "Rank of a matrix, rounding errors aside."
     return int(torch.linalg.matrix_rank(matrix, rtol=1e-9))
@@ -322,7 +323,7 @@ def with_values(self: Probe, values: Tensor) -> Tensor:
     made = [torch.cat([keys, values], -1)] if self.cut.parts else [keys, values]
     return self.cut(self.q, made)
 
-# %% ../../nbs/framework/01_probe.ipynb #c01dfa70
+# %% ../../nbs/framework/01_probe.ipynb #713e95ef
 @patch
 def count_mixtures(self: Probe) -> int:
     "Number of kernels after a soft selection from a bank of pairs."
@@ -338,7 +339,7 @@ def count_mixtures(self: Probe) -> int:
         if full: break                  # more outputs would add nothing
     return rank(torch.stack(rows))
 
-# %% ../../nbs/framework/01_probe.ipynb #fbcbc9cd
+# %% ../../nbs/framework/01_probe.ipynb #9c595e1c
 @patch
 def bank(self: Probe) -> tuple[str, str, int | None]: # bank, selection, number of kernels
     "The bank and how kernels are selected from it."
@@ -352,7 +353,7 @@ def bank(self: Probe) -> tuple[str, str, int | None]: # bank, selection, number 
         return 'dynamic', 'soft', self.count_mixtures() if self.kernel_type() == 'pair' else None
     return 'dynamic', 'all' if mine.all() else 'local', number
 
-# %% ../../nbs/framework/01_probe.ipynb #c3d20d8a
+# %% ../../nbs/framework/01_probe.ipynb #d62823b9
 @patch
 def activation(self: Probe) -> str:
     "The name of one of our activations; 'softmax' for another module whose weights sum to one; else 'unknown'."
@@ -371,7 +372,7 @@ def position_of(
     grads = torch.autograd.grad(cut.run(cut.x).square().sum(), tables, materialize_grads=True)
     return 'rel' if any(g.any() for g in grads) else None
 
-# %% ../../nbs/framework/01_probe.ipynb #aa735757
+# %% ../../nbs/framework/01_probe.ipynb #48a83c6b
 def describe_mixer(
     module: nn.Module,      # a token mixer, or a block around it
     x: Tensor,              # an input of it, for its shape
@@ -403,7 +404,7 @@ def wide_enough(
     except (RuntimeError, ValueError): return x
     return larger
 
-# %% ../../nbs/framework/01_probe.ipynb #885427a1
+# %% ../../nbs/framework/01_probe.ipynb #682a5e2d
 def block_around(module: nn.Module, path: str) -> str:
     "The path of the block that cuts windows for the mixer at `path`; without one, the mixer's own path."
     steps = path.split('.')
@@ -437,7 +438,7 @@ def uses_pos_embed(module: nn.Module, x: Tensor) -> bool:
         gradient, = torch.autograd.grad(module(x).square().sum(), pos_embed, materialize_grads=True)
     return bool(gradient.any())
 
-# %% ../../nbs/framework/01_probe.ipynb #980858ee
+# %% ../../nbs/framework/01_probe.ipynb #db61e212
 def image_size(module: nn.Module) -> tuple | None:
     "(H, W) of a model's images, if it says so."
     size = getattr(getattr(module, 'patch_embed', None), 'img_size', None)
@@ -465,7 +466,7 @@ def example_input(
     side = 12 if hasattr(module, 'query') else 15
     return random(1, channels, *[side] * getattr(module, 'ndim', 2))
 
-# %% ../../nbs/framework/01_probe.ipynb #70550bb5
+# %% ../../nbs/framework/01_probe.ipynb #724f0217
 def describe(
     module: nn.Module,       # a token mixer, a block, or a whole model
     x: Tensor | None = None, # an input of it; made up where the module says enough about itself
@@ -487,7 +488,7 @@ def describe(
         specs[path] = spec
     return specs
 
-# %% ../../nbs/framework/01_probe.ipynb #1a19b48a
+# %% ../../nbs/framework/01_probe.ipynb #664f6a4c
 def five_networks() -> dict[str, KernelSpec]: # name in Table 1 -> specification
     "The five networks of Table 1, built and described."
     tokens, fmap = torch.ones(1, 64, 32), torch.ones(1, 32, 9, 9)
@@ -501,7 +502,7 @@ def five_networks() -> dict[str, KernelSpec]: # name in Table 1 -> specification
         'Dynamic DW-Conv.': describe(DynamicDepthwiseConv2d(32, 7), fmap),
     }
 
-# %% ../../nbs/framework/01_probe.ipynb #49fc8e52
+# %% ../../nbs/framework/01_probe.ipynb #bbf3f55f
 COLUMNS = dict(kernel_bank='Kernel Bank', kernel_selection='Kernel Selection', kernel_type='Kernel Type', kernel_size='Kernel Size')
 
 def table1() -> list[dict]: # one dict per network: its name and the four dimensions

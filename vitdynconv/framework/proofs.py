@@ -26,7 +26,8 @@ from ..layers.activations import ACTIVATIONS, create_activation
 from ..layers.attention import DynamicConvAttention
 from ..layers.conv import to_map, to_tokens
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, Involution2d, KernelAttention2d
+from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, Involution2d
+from ..layers.kxk import KernelAttention2d
 from ..layers.equivalence import DynamicConvBlock, attention_as_convs, attention_to_convs
 from ..layers.position import table_to_bias, table_to_kernel
 from ..layers.selection import ProjectedKernels, WindowKernels
@@ -266,7 +267,7 @@ def depthwise(dtype):
 def large_kernels(dtype):
     block = prepared(KernelAttention2d(8, 2, 3, stride=2), dtype)
 
-    def definition(x, state): return reference.kernel_attention(x, state, 2, 3, reference.formula_of(block.act, state, 'act.', 36), stride=2)
+    def definition(x, state): return reference.kernel_attention(x, state, 2, 3, reference.formula_of(block.act, state, 'act.', 4), stride=2)
 
     return judged(block, definition, normal(2, 8, 6, 5, dtype=dtype))
 

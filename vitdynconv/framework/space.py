@@ -25,7 +25,8 @@ from ..layers.activations import ACTIVATIONS
 from ..layers.attention import DynamicConvAttention
 from ..layers.conv import to_map, to_tokens
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d, KernelAttention2d
+from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d
+from ..layers.kxk import KernelAttention2d
 from ..layers.selection import SELECTIONS, ProjectedKernels, WindowKernels, create_selection
 from ..tools.compat import private_hooks
 from ..tools.testing import Difference
@@ -268,7 +269,7 @@ def definition_of_mixer(
     "What a mixer should compute, for one map or one window."
     size, grid = spec.kernel_size, x.shape[2:]
     if spec.kernel_type == 'pair' and size > 1:
-        weights_of = reference.formula_of(mixer.act, state, 'act.', x.shape[1] // heads * size**2)
+        weights_of = reference.formula_of(mixer.act, state, 'act.', x.shape[1] // heads)
         return reference.kernel_attention(x, state, heads, size, weights_of, mask=definition_of_mask(spec, mixer, grid))
     if isinstance(mixer, OnMap):
         tokens = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)

@@ -63,6 +63,7 @@ class TokenMixer(nn.Module):
         num_tables: int | None = None,        # tables of relative position: one per head unless given
         selection=None,                       # a name in `SELECTIONS`, an object of such a class, or None for all kernels
         selection_options: dict | None = None, # further options of a selection given by name
+        kernel_size: int = 1,                 # k of the dynamic kernels; above 1 see `vitdynconv.layers.kxk`
         device=None, dtype=None,
     ):
         super().__init__()
@@ -80,6 +81,7 @@ class TokenMixer(nn.Module):
         options = selection_options or {}
         self.selection = create_selection(selection, self.grid_size, num_heads, num_prefix_tokens, **options)
         self.live_grid = None
+        self.kernel_size = kernel_size
         self.make_table(pos, device, dtype)
 
     @property
@@ -125,6 +127,40 @@ def make_output(self: TokenMixer,
     "The static convolution at the end."
     self.proj = nn.Linear(self.num_heads * self.head_dim, self.dim, bias=proj_bias, device=device, dtype=dtype)
     self.proj_drop = nn.Dropout(proj_drop)
+
+# %% ../../nbs/layers/05_attention.ipynb #tapscod1
+@patch
+def make_taps(self: TokenMixer,
+    parts: int,               # kernels of a position: 2 for a pair, 1 for depth-wise
+    bias: bool = True,
+    device=None, dtype=None,
+) -> None:                    # registers `taps`, where kernels are larger than 1 x 1
+    "The static convolution that generates all taps of the dynamic kernels but the center."
+    from vitdynconv.layers.kxk import check_kernel_size  # which comes later in the story
+    check_kernel_size(self.kernel_size, self.grid_size)
+    others = self.kernel_size ** 2 - 1
+    width = parts * others * self.num_heads * self.head_dim
+    if others: self.taps = nn.Linear(self.dim, width, bias=bias, device=device, dtype=dtype)
+
+@patch
+def neighbors(self: TokenMixer,
+    mask: Tensor | None, # bool, what this call allows
+):                       # the neighborhoods to read queries from, or None where kernels are 1 x 1
+    "The k x k neighborhoods of the tokens on the grid of the image at hand."
+    if self.kernel_size == 1: return None
+    from vitdynconv.layers.kxk import Neighbors
+    return Neighbors(self.live_grid or self.grid_size, self.kernel_size, self.num_prefix_tokens, mask)
+
+@patch
+def widen(self: TokenMixer,
+    x: Tensor,              # (b, n, dim) tokens
+    *kernels: Tensor,       # (b, h, n, d) each: keys, or keys and values
+) -> list[Tensor]:          # (b, h, n, d * taps) each
+    "The kernels with all their taps. `qk_norm` normalises the center, so that taps of zero leave the module as it was."
+    from vitdynconv.layers.kxk import join_taps
+    others = self.kernel_size ** 2 - 1
+    made = split_heads(self.taps(x), len(kernels) * others, self.head_dim)
+    return [join_taps(center, made[i * others:(i + 1) * others]) for i, center in enumerate(kernels)]
 
 # %% ../../nbs/layers/05_attention.ipynb #4577d9b9
 @patch
@@ -269,6 +305,7 @@ class DynamicConvAttention(TokenMixer):
         options = dict(num_kernels=num_kernels or self.bank_size(), head_dim=self.head_dim) | (activation_options or {})
         self.act = create_activation(activation, **options).to(**placed)
         self.attn_drop = nn.Dropout(attn_drop)
+        self.make_taps(2, qkv_bias, **placed)
         self.make_output(proj_bias, proj_drop, **placed)
         self.backend = backend
 
@@ -282,8 +319,13 @@ class DynamicConvAttention(TokenMixer):
         q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
         q, k = self.q_norm(q), self.k_norm(k)
         bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal, self.takes_additive_masks())
+        near = self.neighbors(mask)
+        if near is not None:
+            q = near.read(q)                                          # (b, h, n, d * taps)
+            k, v = self.widen(x, k, v)
         k, v, mask = self.select(q, k, v, mask)                       # (b, h, m, d)
         y = self.backend(q, k, v, self.current_activation(), bias=bias, mask=mask, position=self.position())
+        if near is not None: y = near.add(y)                          # (b, h, n, d)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/layers/05_attention.ipynb #12b0fb02
@@ -298,7 +340,7 @@ def bank_size(self: TokenMixer) -> int | None:
 def takes_additive_masks(self: DynamicConvAttention) -> bool:
     """May a mask of 0 and -100 stay a bias? Where it enters the logits and kernels compete; sigmoid counts
     the selected ones."""
-    if self.selection is not None: return False   # a selection joins masks of True and False
+    if self.selection is not None or self.kernel_size > 1: return False   # both look at True and False
     return getattr(self.act, 'bias_in_logits', False) and getattr(self.act, 'communication', False)
 
 @patch
@@ -368,7 +410,7 @@ def timm_settings(
         raise ValueError(f'{projection} of {kind} gives {width} channels and proj takes {inner}; for {attn.num_heads} heads '
                          f'{projection} must give {parts} times what proj takes, and the heads must divide that')
     like = next((p for p in attn.parameters() if p.is_floating_point()), torch.empty(0))
-    shape = dict(dim=dim, num_heads=attn.num_heads, head_dim=inner // attn.num_heads)
+    shape = dict(dim=dim, num_heads=attn.num_heads, head_dim=inner // attn.num_heads, kernel_size=getattr(attn, 'kernel_size', 1))
     return timm_position(attn) | shape | dict(proj_drop=attn.proj_drop.p, device=like.device, dtype=like.dtype)
 
 # %% ../../nbs/layers/05_attention.ipynb #timmpos1
@@ -392,6 +434,7 @@ def copy_weights(
 ) -> None:
     """Carry layers over with all that belongs to them, the position table (resized to the new grid,
     repeated for more tables), and an equal activation's parameters."""
+    if getattr(old, 'kernel_size', 1) != new.kernel_size: layers = [name for name in layers if name != 'taps']
     for name in layers:
         if hasattr(old, name): setattr(new, name, copy_module(getattr(old, name)).to(**placed))
     table, old_table = new.relative_position_bias_table, getattr(old, 'relative_position_bias_table', None)
@@ -404,6 +447,17 @@ def copy_weights(
     known = new.act.state_dict()
     for name, w in old.act.state_dict().items():
         if name in known and known[name].shape == w.shape: known[name].copy_(w)
+
+# %% ../../nbs/layers/05_attention.ipynb #tapscod2
+@patch
+@torch.no_grad()
+def center_only(self: TokenMixer,
+    old: nn.Module, # the module it was made of
+) -> None:
+    "Start with kernels that are zero but in the center, unless the old module has taps itself: the new one computes what the old one did."
+    if self.kernel_size == 1: return
+    if hasattr(old, 'taps') and layer_size(old.taps, 'taps') == layer_size(self.taps, 'taps'): return
+    for p in self.taps.parameters(): nn.init.zeros_(p)
 
 # %% ../../nbs/layers/05_attention.ipynb #2098e56d
 @patch(cls_method=True)
@@ -418,5 +472,6 @@ def from_timm(cls: DynamicConvAttention,
                          'need; start from the module it was made of')
     ours = cls(**timm_settings(attn) | dict(attn_drop=attn.attn_drop.p) | settings)
     placed = {name: settings[name] for name in ('device', 'dtype') if name in settings}
-    copy_weights(ours, attn, ['qkv', 'q_norm', 'k_norm', 'proj'], **placed)
+    copy_weights(ours, attn, ['qkv', 'q_norm', 'k_norm', 'proj', 'taps'], **placed)
+    ours.center_only(attn)
     return ours.train(attn.training)

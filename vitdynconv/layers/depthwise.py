@@ -102,6 +102,7 @@ class DepthwiseSelfAttention(TokenMixer):
         self.qk = nn.Linear(dim, 2 * inner, bias=qkv_bias, **placed)
         self.q_norm = norm_layer(self.head_dim, **placed) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **placed) if qk_norm else nn.Identity()
+        self.make_taps(1, qkv_bias, **placed)
         self.make_output(proj_bias, proj_drop, **placed)
         self.pos_per, self.backend = pos_per, backend
 
@@ -115,9 +116,30 @@ class DepthwiseSelfAttention(TokenMixer):
         q, k = split_heads(self.qk(x), 2, self.head_dim)              # (b, h, n, d) each
         q, k = self.q_norm(q), self.k_norm(k)
         _, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal)
-        k, _, mask = self.select(q, k, None, mask)                    # (b, h, m, d)
-        y = self.backend(q, k, mask=mask, position=self.position())
+        if self.kernel_size > 1: y = self.with_neighbors(x, q, k, mask)
+        else:
+            k, _, mask = self.select(q, k, None, mask)                # (b, h, m, d)
+            y = self.backend(q, k, mask=mask, position=self.position())
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+# %% ../../nbs/layers/06_depthwise.ipynb #tapsdw01
+@patch
+def with_neighbors(self: DepthwiseSelfAttention,
+    x: Tensor,           # (b, n, dim) tokens
+    q: Tensor,           # (b, h, n, d) queries
+    k: Tensor,           # (b, h, n, d) the center of the kernels
+    mask: Tensor | None, # bool, what this call allows
+) -> Tensor:             # (b, h, n, d)
+    "Eq. 5 with kernels of k x k, see `vitdynconv.layers.kxk`: the mean kernel over the neighborhood, and the bias over each kernel's sum."
+    wide = self.neighbors(mask).read(q)                               # (b, h, n, d * taps)
+    k, = self.widen(x, k)
+    k, _, mask = self.select(wide, k, None, mask)                     # (b, h, m, d * taps)
+    taps = self.kernel_size ** 2
+    y = self.backend(wide, k, mask=mask).unflatten(-1, (self.head_dim, taps)).sum(-1)
+    position = self.position()
+    if position is None: return y
+    whole = k.unflatten(-1, (self.head_dim, taps)).sum(-1)            # (b, h, m, d)
+    return y + self.backend(torch.zeros_like(q), whole, mask=mask, position=position)
 
 # %% ../../nbs/layers/06_depthwise.ipynb #611a33e4
 @torch.no_grad()
@@ -151,5 +173,8 @@ def from_timm(cls: DepthwiseSelfAttention,
     ours = cls(**timm_settings(attn) | dict(attn_drop=drop) | settings)
     placed = {name: settings[name] for name in ('device', 'dtype') if name in settings}
     ours.qk = query_and_key(attn).to(**placed)
-    copy_weights(ours, attn, ['q_norm', 'k_norm', 'proj'], **placed)
+    layers = ['q_norm', 'k_norm', 'proj']
+    if hasattr(attn, 'qk'): layers.append('taps')      # those of a pair of kernels make values, too
+    copy_weights(ours, attn, layers, **placed)
+    ours.center_only(attn)
     return ours.train(attn.training)

@@ -194,6 +194,7 @@ def why_not_timms_mixer(self: Backbone, mixer: nn.Module) -> str | None:
     "What keeps a mixer from being timm's, or None."
     if isinstance(mixer, (Attention, WindowAttention)): return None
     if isinstance(mixer, DepthwiseSelfAttention): return 'is depth-wise and has no values'
+    if mixer.kernel_size > 1: return f'has kernels of {mixer.kernel_size} x {mixer.kernel_size}, not of 1 x 1'
     act = mixer.act
     if type(act) is not Softmax: return f'has the activation {getattr(act, "name", type(act).__name__)!r}, not softmax'
     if abs(act.factor * mixer.head_dim ** .5 - 1) > 1e-6:

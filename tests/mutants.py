@@ -1,0 +1,143 @@
+"""Can the tests see a wrong library? Each mutant is one deliberate mistake; some test must fail for it.
+
+    python tests/mutants.py               all of them, in a copy of the library: a table and the score
+    python tests/mutants.py mathematics   those whose area or title contains the word
+
+A mutant is a file, a text that occurs in it once, what takes its place, and the tests to run. A mutant that
+survives is a test to be written.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    "One deliberate mistake."
+    area: str   # mathematics, framework, training, data, counting or surgery
+    title: str  # what is wrong
+    file: str   # in vitdynconv/
+    old: str    # a text that occurs once in the file
+    new: str    # what takes its place
+    tests: str  # a file in tests/, and after a blank an expression for pytest's -k
+
+
+ACT, ATT, DEPTH = "layers/activations.py", "layers/attention.py", "layers/depthwise.py"
+POS, SEL, DYN = "layers/position.py", "layers/selection.py", "layers/dynconv.py"
+ACTIVATIONS = "layers/test_reference_activations.py test_activations"
+WINDOWS, SPACE = "layers/test_reference_mixers.py window", "layers/test_reference_space.py softmax"
+TABLES = "layers/test_reference_attention.py table_to_bias"
+CONVS = "layers/test_reference_convs.py"
+
+MUTANTS = [
+    Mutant("mathematics", "masked variance without its n", ACT, ".square().sum(-1, keepdim=True) / n", ".square().sum(-1, keepdim=True)", ACTIVATIONS),
+    Mutant("mathematics", "number of all kernels for that of the selected", ACT, "return logits.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)", "return logits.shape[-1]", ACTIVATIONS),
+    Mutant("mathematics", "ReLU6 cut at 5.9", ACT, "staticmethod(F.relu6)", "staticmethod(lambda s: s.clamp(0, 5.9))", ACTIVATIONS),
+    Mutant("mathematics", "softplus drops its tail", ACT, "F.softplus(s, threshold=40)", "F.softplus(s)", "layers/test_reference_attention.py options and softplus"),
+    Mutant("mathematics", "sparsemax sums to two", ACT, "ordered.cumsum(-1) - 1", "ordered.cumsum(-1) - 2", ACTIVATIONS),
+    Mutant("mathematics", "mean over all kernels", DEPTH, "count = mask.sum(-1, keepdim=True).clamp(min=1)", "count = mask.shape[-1]", "layers/test_reference_attention.py depthwise"),
+    Mutant("mathematics", "mean over all kernels, fast", "fast/relative_position.py", "count = mask.sum(-1, keepdim=True).clamp(min=1)", "count = mask.shape[-1]", "layers/test_reference_attention.py depthwise"),
+    Mutant("mathematics", "table read at j - i", POS, "(y[:, None] - y + h - 1)", "(y - y[:, None] + h - 1)", TABLES),
+    Mutant("mathematics", "height and width of the table swapped", POS, "* (2 * w - 1) + (x[:", "* (2 * h - 1) + (x[:", TABLES),
+    Mutant("mathematics", "class token with a bias", POS, "(num_prefix_tokens, 0, num_prefix_tokens, 0))", "(num_prefix_tokens, 0, num_prefix_tokens, 0), value=.1)", TABLES),
+    Mutant("mathematics", "causal mask transposed", ATT, "device=x.device).tril()", "device=x.device).triu()", "layers/test_reference_mixers.py test_mixers"),
+    Mutant("mathematics", "windows the slow axis of the batch", ATT, "mask.repeat(batch // mask.shape[0], 1, 1)", "mask.repeat_interleave(batch // mask.shape[0], 0)", "layers/test_reference_mixers.py test_mixers"),
+    Mutant("mathematics", "windows shifted the other way", SEL, "x.roll((-sh, -sw), (1, 2))", "x.roll((sh, sw), (1, 2))", WINDOWS),
+    Mutant("mathematics", "bias of windows transposed", SEL, "bias[:, slot[:h * w, None], slot]", "bias.mT[:, slot[:h * w, None], slot]", WINDOWS),
+    Mutant("mathematics", "top-k keeps the worst", SEL, "descending=True, stable=True", "descending=False, stable=True", SPACE),
+    Mutant("mathematics", "router by maximum", DYN, "self.router(x.flatten(2).mean(2))", "self.router(x.flatten(2).amax(2))", CONVS),
+    Mutant("mathematics", "router without ReLU", DYN, "hidden), nn.ReLU(), nn.Linear(hidden", "hidden), nn.Identity(), nn.Linear(hidden", CONVS),
+    Mutant("mathematics", "temperature multiplies", DYN, "/ self.temperature).softmax", "* self.temperature).softmax", CONVS),
+    Mutant("mathematics", "bias of the bank not mixed", DYN, "None if self.bias is None else p @ self.bias,", "None if self.bias is None else self.bias.mean(0).expand(len(x), -1),", CONVS),
+    Mutant("mathematics", "stride by mean pooling", DYN, "pools[self.ndim - 1](1, self.stride)", "pools[self.ndim - 1](self.stride, self.stride, ceil_mode=True)", CONVS),
+    Mutant("framework", "every activation 'softmax'", "framework/probe.py", "return getattr(own, 'name', own)", "return 'softmax'", "layers/test_framework.py activation_and_position"),
+    Mutant("framework", "neighborhoods are windows", "framework/probe.py", "return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)", "return False", "layers/test_framework.py told_apart"),
+    Mutant("framework", "proofs without gradients", "framework/reference.py", "gradients = max(gradients, abs(found - slope(reference, arrays, name, direction, cotangent)))", "gradients = 0.", "layers/test_framework.py gradient"),
+    Mutant("framework", "vdc_equiv always green", "framework/commands.py", "if not max(row['outputs'], row['gradients']) < tol]", "if False]", "layers/test_framework.py command_fails"),
+    Mutant("training", "rate not scaled by the batch", "train/learner.py", "lr=recipe.lr * recipe.batch_size / recipe.lr_batch_size", "lr=recipe.lr", "train/test_learner.py rate_grows"),
+    Mutant("training", "step counter zero after resuming", "train/learner.py", "self.train_iter = self.first_epoch * len(self.dls.train)", "self.train_iter = 0", "train/test_checkpoint.py steps_are_counted"),
+    Mutant("training", "gradient scaler not restored", "train/checkpoint.py", "if state['scaler'] and scaler: scaler.load_state_dict(state['scaler'])", "pass", "train/test_checkpoint.py scaler"),
+    Mutant("training", "the worst checkpoints kept", "train/checkpoint.py", "heapq.nlargest(k, history", "heapq.nsmallest(k, history", "train/test_checkpoint.py best"),
+    Mutant("training", "smoothing without its own share", "train/callbacks.py", "on = 1. - mixup.label_smoothing + off", "on = 1. - mixup.label_smoothing", "train/test_learner.py smooth"),
+    Mutant("training", "rate changed in the middle of a step", "train/callbacks.py", "if learn.iter % self.accumulate: return", "pass", "train/test_learner.py rate_moves_only"),
+    Mutant("training", "everything decays", "train/learner.py", "own_decay = weight_decay if pulled else 0.", "own_decay = weight_decay", "train/test_learner.py decay"),
+    Mutant("data", "digits normalised with held-out statistics", "data/digits.py", "    pixels = train[0]\n", "    pixels = valid[0]\n", "train/test_loader.py digits or statistics"),
+    Mutant("data", "training set with held-out digits", "data/digits.py", "return digit_loaders((x[train], y[train])", "return digit_loaders((x, y)", "train/test_loader.py digits or held"),
+    Mutant("data", "standard deviation for mean", "data/digits.py", "stats = dict(mean=pixels.mean((0, 2, 3)).tolist()", "stats = dict(mean=pixels.std((0, 2, 3)).tolist()", "train/test_loader.py digits or statistics"),
+    Mutant("data", "crop_pct ignored in evaluation", "data/images.py", "create_transform(crop_pct=settings['crop_pct'], **common)", "create_transform(**common)", "train/test_images.py crop"),
+    Mutant("counting", "LayerNorm charged four times", "models/cost.py", "Rule(partial(norm_macs, each=layernorm, weight=weight))", "Rule(partial(norm_macs, each=layernorm - 1, weight=weight))", "models/test_cost.py"),
+    Mutant("counting", "linear layers without bias", "models/formulas.py", "return Cost(n * a * b, a * b + bias * b, n * b)", "return Cost(n * a * b, a * b, n * b)", "models/test_cost.py"),
+    Mutant("surgery", "tables of channels interleaved", ATT, "table.copy_(resized.repeat_interleave(times, 1))", "table.copy_(resized.repeat(1, times))", "models/test_surgery.py depthwise or table"),
+    Mutant("surgery", "q_norm not carried over", ATT, "ours = cls(**timm_settings(attn)", "attn.q_norm = nn.Identity()\n    ours = cls(**timm_settings(attn)", "layers/test_attention.py"),
+    Mutant("surgery", "per-kernel weights resized by the nearest", POS, "mode='bicubic', antialias=True, align_corners=False)\n    return torch.cat", "mode='nearest')\n    return torch.cat", "layers/test_attention.py or grid"),
+]
+
+
+def missing(root=ROOT):
+    "The titles of mutants whose text does not occur exactly once, so that they could not be made."
+    found = []
+    for mutant in MUTANTS:
+        text = (root / "vitdynconv" / mutant.file).read_text(encoding="utf-8")
+        if text.count(mutant.old) != 1:
+            found.append(mutant.title)
+    return found
+
+
+def make_copy(folder, mutant):
+    "The library and its tests in `folder`, with one mistake."
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("vitdynconv", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("settings.ini", "pytest.ini"):
+        shutil.copy(ROOT / name, folder)
+    path = folder / "vitdynconv" / mutant.file
+    path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+
+
+def run_tests(folder, tests):
+    "Run tests in the copy, in a fork that has the heavy imports already; pytest's exit code."
+    file, _, words = tests.partition(" ")
+    child = os.fork()
+    if child == 0:
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        import pytest
+
+        words = ["-k", words] if words else []
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"tests/{file}", *words])))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+OUTCOMES = {0: "SURVIVED", 1: "killed", 2: "killed", 5: "NO TEST"}
+
+
+def main(words):
+    import fastai.vision.all  # noqa: F401  what every test imports, once for all forks
+    import timm  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    chosen = [m for m in MUTANTS if not words or any(word in f"{m.area} {m.title}" for word in words)]
+    killed = 0
+    for mutant in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / "copy"
+            make_copy(copy, mutant)
+            start = time.time()
+            outcome = OUTCOMES.get(run_tests(copy, mutant.tests), "ERROR")
+        killed += outcome == "killed"
+        print(f"{outcome:9}{mutant.area:12}{mutant.title:50}{time.time() - start:5.0f} s", flush=True)
+    print(f"{killed} of {len(chosen)} killed")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
