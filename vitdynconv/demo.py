@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from .tools.cli import check_choice, command, format_table
 from .tools.files import replacing, rows_as_csv
+from .train.record import refuse_training_run
 
 # %% ../nbs/demo.ipynb #3b9c90c2
 VARIANTS = {  # name -> what the recipe says of it
@@ -31,7 +32,7 @@ def demo_model(
     recipe,       # a Recipe; names the backbone and its arguments
 ):                # a timm VisionTransformer for 10 classes, with relative position
     "The model of a variant. Where variants have the same parameter, it starts from the same random numbers."
-    from vitdynconv.train.run import recipe_model
+    from vitdynconv.train.build import recipe_model
     return recipe_model(recipe.replace(**VARIANTS[variant], pos='rel'))
 
 # %% ../nbs/demo.ipynb #de0ef928
@@ -51,7 +52,7 @@ def train_variant(
 ) -> tuple[dict, list]:     # summary, and one row per epoch
     "Train one variant on the digits; accuracy is that of the last epoch on the held-out images."
     from vitdynconv.train import create_learner
-    from vitdynconv.train.run import recipe_dls
+    from vitdynconv.train.build import recipe_dls
     start = time.perf_counter()
     model = demo_model(variant, recipe)
     summary = dict(variant=variant, **model_summary(model))
@@ -75,6 +76,7 @@ def check_folder(
         raise ValueError(f'--out {out} lies in {parent}, which is a file; name a folder')
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f'--out {out} cannot be written: no permission in {parent}; name another folder')
+    refuse_training_run(path)
     return path
 
 # %% ../nbs/demo.ipynb #76662a27

@@ -319,7 +319,7 @@ def learner_row(recipe, seconds: float) -> Row:
     from timm.optim import create_optimizer_v2
     from vitdynconv.train.callbacks import warmup_cosine
     from vitdynconv.train.learner import create_learner, parameter_groups
-    from vitdynconv.train.run import recipe_dls, recipe_model
+    from vitdynconv.train.build import recipe_dls, recipe_model
     dls = recipe_dls(recipe)
     model = recipe_model(recipe)
     optimizer = create_optimizer_v2(parameter_groups(model, recipe.weight_decay), opt=recipe.opt, lr=recipe.lr)

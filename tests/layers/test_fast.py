@@ -38,10 +38,12 @@ def random_activation(name, n, d):
 
 # The definition, on sizes that take the ways of large ones
 
+@pytest.mark.parametrize("side", [14, 17])  # logits that are stored for the backward pass, and tiles
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_large_maps_in_float64(name):
-    q, k, v = bank(1, 2, 197, 16)
-    act, position = random_activation(name, 197, 16).double(), random_position((14, 14), 2, 1)
+def test_large_maps_in_float64(name, side):
+    n = side ** 2 + 1
+    q, k, v = bank(1, 2, n, 16)
+    act, position = random_activation(name, n, 16).double(), random_position((side, side), 2, 1)
     params = [(p, p) for p in [*act.parameters(), position.table]]
     diff = difference(lambda *x: dynamic_conv_attention(*x, act, position=position), lambda *x: attention(*x, act, position=position), q, k, v, params=params)
     assert max(diff) < 1e-11  # sums over 197 kernels, gradients of size ten and more
@@ -268,13 +270,38 @@ def test_empty_batches_and_rows_of_depthwise_attention(per_channel):
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
 def test_half_precision_is_no_worse_than_the_definition(name, dtype):
     n, d = 4096, 64
-    for size, mean in ((.01, 0), (1, 0), (1, 3), (8, 0)):
+    for size, mean in ((.01, 0), (1, 0), (1, 3), (8, 0), (1, 5)):
         generator = torch.Generator().manual_seed(0)
         q, k, v = [(torch.randn(1, 1, rows, d, generator=generator) + mean) * size for rows in (128, n, n)]
+        if mean == 5: q = q - 5 * size          # K'V exceeds float16, the result does not
         low, act = [t.to(dtype) for t in (q, k, v)], create_activation(name, num_kernels=n, head_dim=d)
         exact = attention(*[t.double() for t in low], copy.deepcopy(act).double())
         error = lambda f: ((f(*low, copy.deepcopy(act).to(dtype)).double() - exact).norm() / exact.norm()).nan_to_num(torch.inf, torch.inf).item()
         assert error(dynamic_conv_attention) <= 1.1 * error(attention) + 1e-4, (size, mean)
+
+
+def test_masks_of_one_shape_are_told_apart():
+    "The patterns of a mask are remembered; another mask of the same shape has its own."
+    q, k, _ = bank(4, 2, 16, 3)
+    position = random_position((4, 4), 6)
+    for seed in (0, 1):
+        mask = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) < .5
+        for _ in range(2):
+            fast = fast_depthwise_attention(q, k, mask=mask, position=position)
+            assert torch.allclose(fast, depthwise_attention(q, k, mask=mask, position=position), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_gradients_of_tiles_in_half_precision(dtype):
+    "Sums over tiles are kept in float32: gradients are no worse than the definition's."
+    low = [t.detach().to(dtype) for t in bank(1, 1, 2048, 16, torch.float32)]
+    def gradients(f, *inputs):
+        inputs = [t.requires_grad_() for t in inputs]
+        y = f(*inputs, "scaling_relu")
+        return torch.autograd.grad(y, inputs, torch.ones_like(y))
+    exact = gradients(attention, *[t.double() for t in low])
+    for fast, literal, g in zip(gradients(dynamic_conv_attention, *low), gradients(attention, *low), exact):
+        assert (fast.double() - g).norm() <= 1.1 * (literal.double() - g).norm()
 
 
 def test_backward_inside_autocast():
@@ -323,6 +350,7 @@ def test_traces_take_other_batches_and_meta_tensors(name):
     mixer, other = accelerate(mixer).eval(), torch.randn(5, 16, 24)
     traced = torch.jit.trace(mixer, (torch.randn(2, 16, 24),), check_trace=False)
     assert torch.allclose(traced(other), mixer(other), rtol=1e-4, atol=1e-5)
+    if name == "depthwise": torch.export.export(mixer, (other, torch.ones(16, 16, dtype=torch.bool)))
     mask = torch.ones(16, 16, dtype=torch.bool)
     for m in (None, mask): assert copy.deepcopy(mixer).to("meta")(other.to("meta"), None if m is None else m.to("meta")).shape == other.shape
 

@@ -12,7 +12,6 @@ from vitdynconv.fast.relative_position import (
     position_by_fft,
     position_by_fourier,
     position_by_matrix,
-    position_by_strips,
 )
 from vitdynconv.layers.depthwise import depthwise_attention
 from vitdynconv.layers.equivalence import attention, attention_as_convs
@@ -24,7 +23,6 @@ THRESHOLDS = [(tiled, "TILE", 2**9), (tiled, "STORED", 0), (dispatch, "STORED", 
 POSITION_WAYS = [
     (position_by_matrix, "head"),
     (position_by_matrix, "channel"),
-    (position_by_strips, "head"),
     (position_by_fourier, "head"),
     (position_by_fft, "head"),
     (position_by_fft, "channel"),

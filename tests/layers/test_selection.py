@@ -428,6 +428,10 @@ def test_topk_settles_ties_by_order(n, data):
     assert chosen.nonzero().flatten().tolist() == sorted(order[:k])
 
 
+def test_shares_of_topk_are_rounded():
+    assert [TopKernels(share).count(n) for share, n in [(.3, 9), (.25, 10), (.01, 9), (1., 9), (.5, 4)]] == [3, 3, 1, 9, 2]
+
+
 @few
 @given(size=st.tuples(st.integers(1, 9), st.integers(1, 9)), data=st.data())
 def test_neighborhoods_have_k_squared_kernels(size, data):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitdynconv.layers.activations import ACTIVATIONS
+from vitdynconv.models import commands
 from vitdynconv.models.cost import Cost, analyse, count, peak_memory
 from vitdynconv.models.formulas import swin_cost, vit_cost
 from vitdynconv.fast.dispatch import accelerate
@@ -78,10 +79,12 @@ def test_a_model_of_ours_on_the_command_line(tmp_path):
     (('--model', 'vdc_deit_smal_patch16_224'), 'vdc_deit_small_patch16_224'), (('--table', 4), 'choose one of 3'), ((), 'either --table 3 or --model'),
     (('--model', 'deit_tiny_patch16_224', '--activation', 'lnrelu'), 'ln_relu'), (('--model', 'deit_tiny_patch16_224', '--convention', 'mine'), 'products'),
     (('--model', 'deit_tiny_patch16_224', '--input-size', 'large'), 'large'), (('--model', 'deit_tiny_patch16_224', '--form', 'quick'), 'merged')])
-def test_bad_input_is_one_line_and_no_file(args, said, tmp_path):
-    run = vdc_cost(*args, '--csv', tmp_path / 'rows.csv')
-    assert run.returncode == 2 and run.stdout == '' and len(run.stderr.splitlines()) == 1, run.stderr
-    assert run.stderr.startswith('vdc_cost: ') and said in run.stderr
+def test_bad_input_is_one_line_and_no_file(args, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['vdc_cost', *map(str, args), '--csv', str(tmp_path / 'rows.csv')])
+    with pytest.raises(SystemExit) as stop: commands.vdc_cost()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == '' and len(err.splitlines()) == 1, err
+    assert err.startswith('vdc_cost: ') and said in err
     assert os.listdir(tmp_path) == []
 
 

@@ -316,6 +316,19 @@ def test_graphs_are_traced_as_timms():
         assert_equal(found.sum(), model.forward_intermediates(images(model), intermediates_only=True, norm=False)[-1].sum(), tol=1e-3)
 
 
+@pytest.mark.parametrize('settings', [{}, dict(activation='scaling_relu', pos='abs'), dict(kernel='depthwise')], ids=['softmax', 'scaling_relu abs', 'depthwise'])
+def test_graphs_of_shifted_windows_are_traced(settings):
+    "With a mask, before and after a first forward pass, which keeps the mask."
+    from timm.models import create_feature_extractor
+    torch.manual_seed(0)
+    model = create_model(SWIN_T, **settings, **SWIN | dict(depths=(2, 1))).eval()
+    for _ in range(2):
+        traced = create_feature_extractor(model, ['layers.1'])
+        found, = traced(images(model)).values()
+        assert_equal(found, model.forward_intermediates(images(model), intermediates_only=True, norm=False)[-1].permute(0, 2, 3, 1), tol=1e-5)
+    assert any(block.attn_mask is not None for block in model.layers[0].blocks)
+
+
 @pytest.mark.parametrize('name, sizes', [(DEIT, VIT), (SWIN_T, SWIN)], ids=['deit', 'swin'])
 def test_other_counters_see_what_they_see_of_timms(name, sizes):
     from fvcore.nn import FlopCountAnalysis

@@ -21,6 +21,7 @@ from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
 from vitdynconv.layers.equivalence import attention
+from vitdynconv.models import commands
 from vitdynconv.models.backbones import find_mixers
 from vitdynconv.models.surgery import convert, to_timm
 from vitdynconv.models.weights import timm_model
@@ -277,12 +278,16 @@ def test_the_command_converts_a_file_and_reports_each_weight(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
 
 
-def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path):
+def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch):
     (tmp_path/'junk.pth').write_bytes(b'junk')
     out = ('--out', tmp_path/'new.safetensors')
     for args in [('--activation', 'lnrelu', *out), ('--model', 'resnet18', *out), ('--checkpoint', tmp_path/'junk.pth', *out), ('--out', tmp_path/'no/new.safetensors')]:
-        run = vdc_convert(*args)
-        assert run.returncode == 2 and run.stderr.startswith('vdc_convert: ') and run.stderr.count('\n') == 1, (args, run)
+        monkeypatch.setattr(sys, 'argv', ['vdc_convert', *map(str, args)])
+        with pytest.raises(SystemExit) as stop: commands.vdc_convert()
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and not said.out and said.err.startswith('vdc_convert: ') and said.err.count('\n') == 1, (args, said)
+    run = vdc_convert('--checkpoint', tmp_path/'junk.pth', *out)                     # and as a process of its own
+    assert run.returncode == 2 and run.stderr.startswith('vdc_convert: ') and run.stderr.count('\n') == 1, run
     assert [p.name for p in tmp_path.iterdir()] == ['junk.pth']
 
 

@@ -6,6 +6,8 @@ elsewhere, where it is missing, these tests skip and say how to fetch it:
 
     pip download --no-deps --no-binary timm timm==VERSION -d .timm
 
+`pytest -m slow` runs all of it over the smallest bodies; the script below goes up to `small`.
+
 How our names come in: timm parametrizes by `list_models(patterns)`, and that call is answered with ours. A name `vdc_[system_]BASE` is in the list
 if BASE is. So each network meets the tests, the exclusions and the kind of layout that timm itself chose for its body. Tests that name
 one of our bases (`test_swin_family_*`, ...) get ours by `create_model`.
@@ -40,9 +42,10 @@ AREAS = {  # area -> timm's tests
                     'test_swin_family_dynamic_mask_trace', 'test_swin_family_compile_resize_guards'],
     'checkpoints': ['test_headless_checkpoint_reload', 'test_relpos_non_square_checkpoint_reload', 'test_relpos_non_square_set_input_size'],
 }
-QUICK = {  # area -> names of an ordinary run; the whole of tiny and small is marked slow
-    'default_cfgs': 'vdc_(dconv_|linformer_)?(swin_tiny|convnext_atto)', 'non_std': 'vdc_(deit_tiny|ddwconv_deit_tiny|linformer_deit_tiny)',
+QUICK = {  # area -> names of an ordinary run
+    'default_cfgs': 'vdc_(swin_tiny|linformer_swin_tiny|dconv_convnext_atto)', 'non_std': 'vdc_(deit_tiny|ddwconv_deit_tiny|linformer_deit_tiny)',
     'swin_family': 'swin_tiny', 'checkpoints': 'swin_tiny'}
+SMALLEST = '(deit|swin)_tiny|convnext_atto'   # every system on the smallest body of each kind: marked slow. `small` is for the script
 
 
 def source() -> Path | None:
@@ -157,22 +160,30 @@ def in_child(folder: str, answer: str, tests: str, only: str) -> None:
     if code in (0, 1, 5): Path(answer).write_text(json.dumps(plugin.results), encoding='utf-8')   # passed, some failed, none there; anything else is a broken run
 
 
-def check(area: str, only: str | None = None) -> None:
+@functools.cache
+def results(slow: bool) -> dict:
+    "What the tests of all areas said, run once, in one process."
     folder = fetched()
     if folder is None: pytest.skip(missing())
-    results = run(AREAS[area], folder, only)
-    failed = {name: why for name, (outcome, why, _) in results.items() if outcome == 'failed'}
-    assert any(outcome == 'passed' for outcome, *_ in results.values()), 'no test ran'
+    areas = AREAS if slow else QUICK
+    only = '|'.join(rf"({'|'.join(AREAS[area])})\[.*({SMALLEST if slow else QUICK[area]})" for area in areas)
+    return run([test for area in areas for test in AREAS[area]], folder, only)
+
+
+def check(area: str, slow: bool) -> None:
+    found = {name: result for name, result in results(slow).items() if name.partition('[')[0] in AREAS[area]}
+    failed = {name: why for name, (outcome, why, _) in found.items() if outcome == 'failed'}
+    assert any(outcome == 'passed' for outcome, *_ in found.values()), 'no test ran'
     assert not failed, '\n'.join(f'{name}: {why}' for name, why in failed.items())
 
 
 @pytest.mark.parametrize('area', QUICK)
-def test_timms_own_tests_pass_over_the_smallest(area): check(area, QUICK[area])
+def test_timms_own_tests_pass_over_a_few(area): check(area, slow=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('area', AREAS)
-def test_timms_own_suite_passes_over_tiny_and_small(area): check(area)
+def test_timms_own_suite_passes_over_the_smallest(area): check(area, slow=True)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from vitdynconv.train.checkpoint import save_weights
 from vitdynconv.data import digits_dls
 from vitdynconv.train.evaluate import vdc_eval
 from vitdynconv.train.recipes import RECIPES
-from vitdynconv.train.run import recipe_dls, recipe_model
+from vitdynconv.train.build import recipe_dls, recipe_model
 
 # no drop path and no mixing: those are drawn by each process, and would differ from one process's
 EVEN = ['--epochs', '2', '--batch_size', '64', '--set', 'lr_batch_size=64 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']

@@ -152,7 +152,7 @@ def test_one_line_reaches_the_object_that_uses_it():
     from vitdynconv.data import digits_dls
     from vitdynconv.data.imagenet import image_settings
     from vitdynconv.train.learner import create_learner
-    from vitdynconv.train.run import recipe_model
+    from vitdynconv.train.build import recipe_model
     small = {name: getattr(RECIPES['digits'], name) for name in ('model', 'model_args', 'embed_dim', 'depth', 'num_heads', 'img_size', 'in_chans', 'class_token', 'num_classes')}
     recipe = Extended(**small).override('qkv_bias=no eps=1e-6 correct=off')
     model = recipe_model(recipe)

@@ -9,7 +9,9 @@ from scipy import stats
 from vitdynconv import study
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models.paper import TABLE2
-from vitdynconv.study import PLANS, ROW, ROWS, Finding, Job, Plan, Row, area, epochs_to, interval, jobs_of, measure, paired, run_study, study_model, verdict
+from vitdynconv.study import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of
+from vitdynconv.study_measures import Finding, area, epochs_to, interval, measure, paired, verdict
+from vitdynconv.study_runs import best_rate, run_study, study_model
 
 COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence"
 TINY = Plan(rows=(ROWS[-1],), seeds=(1,), rates=(1e-3, 2e-3), epochs=1, copies=1)
@@ -85,7 +87,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
 
 
 def test_a_row_of_which_every_rate_diverges_is_refused():
-    with pytest.raises(ValueError, match=r"every learning rate tried ended without a loss: \[0.001, 0.002\]"): study.best_rate(pd.DataFrame(dict(epoch=[1, 1], peak_lr=[1e-3, 2e-3], valid_loss=[float("nan")]*2)))
+    with pytest.raises(ValueError, match=r"every learning rate tried ended without a loss: \[0.001, 0.002\]"): best_rate(pd.DataFrame(dict(epoch=[1, 1], peak_lr=[1e-3, 2e-3], valid_loss=[float("nan")]*2)))
 
 
 def test_the_committed_runs_are_complete():
@@ -99,7 +101,7 @@ def test_the_committed_runs_are_complete():
     assert set(tuning.seed) == {plan.tuning_seed} and history.train_loss.notna().all() and history.accuracy.between(0, 1).all()
     for row, lines in history.groupby(ROW):                                            # the rate of the reported runs is the one that the trials chose
         trials = tuning[(tuning[ROW] == pd.Series(dict(zip(ROW, row)))).all(axis=1)]
-        assert set(lines.peak_lr) == {study.best_rate(trials)}, row
+        assert set(lines.peak_lr) == {best_rate(trials)}, row
 
 
 @pytest.mark.parametrize("words, complaint", [(["--plan", "big"], "--plan 'big' is unknown; choose from full, quick"), (["--workers=-1"], "--workers -1 is no number"), (["--out", "{file}"], "is a file")])

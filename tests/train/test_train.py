@@ -26,7 +26,9 @@ from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_weights, vdc_eval
 from vitdynconv.train.logbook import wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
-from vitdynconv.train.run import choose_recipe, recipe_dls, recipe_model, run_learner, vdc_train, weights_images
+from vitdynconv.train.build import recipe_dls, recipe_model, weights_images
+from vitdynconv.train.run import choose_recipe, vdc_train
+from vitdynconv.train.session import run_learner
 
 HARD = ['--epochs', '5', '--batch_size', '128', '--lr', '8e-3',   # all that makes exactness hard, on a few steps
         '--set', 'lr_batch_size=128 warmup_epochs=0.5 drop_path=0.1 ema=yes ema_decay=0.9 mixup=0.8 cutmix=1.0 grad_accum=2']

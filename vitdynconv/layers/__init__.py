@@ -12,4 +12,5 @@ __getattr__, __dir__, __all__ = lazy_names(
     depthwise="DepthwiseSelfAttention",
     dynconv="DynamicConv2d DynamicDepthwiseConv2d Involution2d",
     kxk="KernelAttention2d",
+    strided="StridedAttention",
 )

@@ -14,6 +14,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed_nhwc, trunc_normal_
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import nn, Tensor
 from ..layers.attention import DynamicConvAttention
+from ..tools.compat import private_hooks
 from .adapter import Backbone, Converted, Place, moved_layers, rebuilt, set_module
 from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
 
@@ -41,16 +42,17 @@ def from_windows(
     return x.flatten(3, 4).flatten(1, 2)
 
 # %% ../../nbs/models/03_swin.ipynb #bb009bl
+@private_hooks
 class DynamicConvSwinBlock(SwinTransformerBlock):
     "timm's Swin block without a buffer for its mask; takes empty batches."
     made_mask = None  # (what it was made for, mask)
 
-    def _init_buffers(self) -> None: self.made_mask = None
+    def reset_buffers(self) -> None: self.made_mask = None
 
     @property
     def attn_mask(self) -> Tensor | None:
         "(windows, n, n): 0 for kernels of the same region, -100 for others; None without a shift."
-        like = self.norm1.weight
+        like = next(self.norm1.parameters())   # the weight itself, where a tracer is at work, too
         if torch.compiler.is_compiling(): return self.get_attn_mask(device=like.device, dtype=like.dtype)
         key = self.input_resolution, self.window_size, self.shift_size, like.device, like.dtype
         if self.made_mask and self.made_mask[0] == key: return self.made_mask[1]
@@ -60,27 +62,27 @@ class DynamicConvSwinBlock(SwinTransformerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         "(b, H, W, c) to the same"
-        x = x + self.drop_path1(self._attn(self.norm1(x)))
+        x = x + self.drop_path1(self.attend(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
-# %% ../../nbs/models/03_swin.ipynb #bb009at
-@patch
-def _attn(self: DynamicConvSwinBlock, x: Tensor) -> Tensor:
-    "timm's: shift, pad, cut into windows, mix, put together, (b, H, W, c) to the same."
-    b, height, width, _ = x.shape
-    shift, (h, w) = self.shift_size, self.window_size
-    if any(shift): x = x.roll((-shift[0], -shift[1]), (1, 2))
-    below, right = (h - height % h) % h, (w - width % w) % w
-    x = nn.functional.pad(x, (0, 0, 0, right, 0, below))
-    mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
-    windows = self.attn(to_windows(x, self.window_size), mask=mask)
-    x = from_windows(windows, self.window_size, b, (height + below, width + right))[:, :height, :width]
-    return x.roll(tuple(shift), (1, 2)) if any(shift) else x
+    def attend(self, x: Tensor) -> Tensor:
+        "timm's: shift, pad, cut into windows, mix, put together, (b, H, W, c) to the same."
+        b, height, width, _ = x.shape
+        shift, (h, w) = self.shift_size, self.window_size
+        if any(shift): x = x.roll((-shift[0], -shift[1]), (1, 2))
+        below, right = (h - height % h) % h, (w - width % w) % w
+        x = nn.functional.pad(x, (0, 0, 0, right, 0, below))
+        mask = self.get_attn_mask(x) if self.dynamic_mask else self.attn_mask
+        windows = self.attn(to_windows(x, self.window_size), mask=mask)
+        padded = height + below, width + right
+        x = from_windows(windows, self.window_size, b, padded)[:, :height, :width]
+        return x.roll(tuple(shift), (1, 2)) if any(shift) else x
 
 # %% ../../nbs/models/03_swin.ipynb #bb010ex
+@private_hooks
 class WholeMapBlock(DynamicConvSwinBlock):
     "timm's Swin block around a mixer of whole maps: no windows, no shifts."
-    def _attn(self, x):
+    def attend(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
         grid = height, width
         if self.dynamic_mask: self.attn.live_grid = grid

@@ -12,10 +12,12 @@ from timm.layers import trunc_normal_
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from ..tools.compat import add_position, private_hooks
 from .adapter import Backbone, Converted, Place
 from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
 
 # %% ../../nbs/models/02_vit.ipynb #bb006mo
+@private_hooks
 class DynamicConvViT(Converted, VisionTransformer):
     "A ViT or DeiT of timm's whose token mixers are dynamic convolutions."
     def set_input_size(self, img_size=None, patch_size=None):
@@ -23,9 +25,9 @@ class DynamicConvViT(Converted, VisionTransformer):
         super().set_input_size(img_size, patch_size)
         for mixer in self.parts('set_grid_size'): mixer.set_grid_size(self.patch_embed.grid_size)
 
-    def _pos_embed(self, x):
+    def add_position(self, x):
         if self.dynamic_img_size: self.set_live_grid(tuple(x.shape[1:3]))   # the patch embedding gives a map then
-        if self.pos_embed is not None: return super()._pos_embed(x)
+        if self.pos_embed is not None: return add_position(super(), x)
         if self.dynamic_img_size: x = x.flatten(1, 2)
         tokens = [getattr(self, name, None) for name in ('cls_token', 'dist_token', 'reg_token')]
         return torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens if t is not None), x], 1)

@@ -30,6 +30,9 @@ PRIVATE_NAMES = [
     PrivateName('timm.models.swin_transformer:SwinTransformerBlock._attn', '1.0.31',
                 'the part of a Swin block that cuts windows and attends: what a mixer over the map replaces',
                 'none: `forward` adds norm, residual and MLP'),
+    PrivateName('timm.models.swin_transformer:SwinTransformerBlock._init_buffers', '1.0.31',
+                'fills the buffers of a block that was built on the meta device; ours has none',
+                'none: `init_non_persistent_buffers` calls it'),
     PrivateName('timm.models.vision_transformer:VisionTransformer._pos_embed', '1.0.31',
                 'adds the absolute position and the class token; does nothing where there is neither',
                 'none: `forward_features` calls it between patches and blocks'),
@@ -68,6 +71,7 @@ def add_position(vit, x):
 # %% ../../nbs/tools/02_compat.ipynb #compat14
 HOOKS = {  # our name of a method -> the private name by which the library calls it
     'attend': '_attn',
+    'reset_buffers': '_init_buffers',
     'add_position': '_pos_embed',
     'set_setting': '_set_hyper',
     'fit_epochs': '_do_fit',

@@ -5,4 +5,5 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     recipes="RECIPES Recipe",
     learner="create_learner",
+    prediction="load_run predict LoadedRun Prediction",
 )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'rng_state', 'set_rng_state', 'CheckpointError', 'states_of_processes', 'checkpoint_state',
            'load_checkpoint', 'score', 'best_epochs', 'link_or_copy', 'keep_best', 'write_checkpoint', 'RunStopped',
-           'Checkpoints', 'Restore', 'restore', 'save_weights']
+           'Checkpoints', 'Restore', 'restore', 'in_order', 'save_weights']
 
 # %% ../../nbs/train/03_checkpoint.ipynb #1ba9b711
 import dataclasses
@@ -207,13 +207,27 @@ def restore(
     learn.add_cb(Restore(checkpoint))
     return checkpoint['epoch']
 
+# %% ../../nbs/train/03_checkpoint.ipynb #bacbe7d2
+def in_order(
+    data: bytes, # of `safetensors.torch.save`
+) -> bytes:      # the same tensors and header
+    "A safetensors file whose header is sorted: equal contents are equal bytes."
+    length = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)  # the format aligns tensors to eight bytes
+    return len(text).to_bytes(8, 'little') + text + data[8 + length:]
+
 # %% ../../nbs/train/03_checkpoint.ipynb #1526a173
 def save_weights(
     path,         # `model.safetensors`
     model,        # its state dict is written
-    recipe=None,  # goes into the header
+    recipe=None,  # goes into the header,
+    run=None,     # and so does what the run knows of itself
 ):
     "Weights as safetensors; nothing in the file can run."
-    header = dict(recipe=json.dumps(dataclasses.asdict(recipe))) if recipe else None
+    header = {}
+    if recipe: header['recipe'] = json.dumps(dataclasses.asdict(recipe))
+    if run: header['run'] = json.dumps(run)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(path) as file: file.write(safetensors.torch.save(tensors, header))
+    with replacing(path) as file: file.write(in_order(safetensors.torch.save(tensors, header or None)))

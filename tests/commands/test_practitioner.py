@@ -1,0 +1,285 @@
+"From a folder of pictures to a prediction: what a run knows of itself, what it refuses, and what it hands on."
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from vitdynconv import load_run, predict
+from vitdynconv.demo import vdc_demo
+from vitdynconv.train.evaluate import vdc_eval
+from vitdynconv.train.export import vdc_export
+from vitdynconv.train.prediction import vdc_predict
+from vitdynconv.train.record import LOCK, RunLock
+from vitdynconv.train.run import vdc_train
+from vitdynconv.study import vdc_study
+
+SMALL = dict(epochs="2", img_size="16", depth="1", embed_dim="32", num_heads="2", workers="0")
+COLOURS = dict(blue=(40, 60, 220), green=(30, 200, 60), red=(220, 40, 30))
+
+
+def write_pictures(root, colours=COLOURS, images=12, size=20):
+    "A folder for each colour."
+    for name, colour in colours.items():
+        (root/name).mkdir(parents=True)
+        for number in range(images): Image.new("RGB", (size + number, size), colour).save(root/name/f"{name}_{number:02}.png")
+    return root
+
+
+def line(capsys, function, code=2, **arguments):
+    "The one line that a command ends with."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end: function(**arguments)
+    said = capsys.readouterr().err
+    assert end.value.code == code and said.count("\n") == 1, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A folder with pictures and a run on them, started with a relative path."
+    home = tmp_path_factory.mktemp("home")
+    write_pictures(home/"pictures")
+    before = Path.cwd()
+    os.chdir(home)
+    try: vdc_train(data="pictures", out="RUN", **SMALL)
+    finally: os.chdir(before)
+    return home
+
+
+@pytest.fixture
+def copied(home, tmp_path):
+    "The same run and pictures, to be damaged."
+    run = shutil.copytree(home/"RUN", tmp_path/"RUN")
+    shutil.copytree(home/"pictures", tmp_path/"pictures")
+    return run
+
+
+@pytest.mark.parametrize("name", ["run.json", "best.safetensors", "model.safetensors", "model_ema.safetensors", "last.ckpt"])
+def test_every_file_of_a_run_explains_it(home, name):
+    path = home/"RUN"/name
+    if name.endswith("json"): record = json.loads(path.read_text())
+    elif name.endswith("ckpt"): record = torch.load(path, weights_only=True)["run"]
+    else:
+        with safe_open(path, "pt") as file: record = json.loads(file.metadata()["run"])
+    assert record["classes"] == ["blue", "green", "red"] and record["in_chans"] == 3
+    assert len(record["mean"]) == len(record["std"]) == 3 and record["input_size"] == 16 and record["crop_pct"]
+    assert record["data"] == str(home/"pictures") and "--data pictures" in record["command"]
+    assert record["fingerprint"]["parts"]["train"]["red"][0] == 10
+
+
+@pytest.mark.parametrize("name", ["", "best.safetensors", "model.safetensors", "last.ckpt"])
+def test_a_run_or_one_file_of_it_is_enough_to_predict(home, tmp_path, name):
+    place = home/"RUN"
+    if name: place = shutil.copy(place/name, tmp_path/name)
+    run = load_run(place)
+    assert run.classes == ["blue", "green", "red"] and not run.model.training
+    said = predict(run, home/"pictures", top=2)
+    assert len(said) == 36 and all(len(each.classes) == 2 for each in said)
+    right = [Path(each.image).parent.name == each.label for each in said]
+    assert sum(right) / 36 > 0.5
+    picture = Image.open(home/"pictures/red/red_00.png")
+    one, = predict(place, picture, top=9)
+    assert sorted(one.classes) == run.classes and sum(one.probabilities) == pytest.approx(1, abs=1e-5)
+    logits = run.model(run.transform(picture)[None])
+    assert one.label == run.classes[logits.argmax()]
+
+
+def test_the_command_predicts(home, tmp_path, capsys):
+    vdc_predict(images=[str(home/"pictures/red")], run=str(home/"RUN"), top=2, csv=str(tmp_path/"names.csv"))
+    assert "class_2" in capsys.readouterr().out
+    rows = (tmp_path/"names.csv").read_text().splitlines()
+    assert len(rows) == 13 and rows[0] == "image,class_1,probability_1,class_2,probability_2"
+
+
+def test_best_is_the_best_epoch(home):
+    import csv
+    rows = list(csv.DictReader((home/"RUN/history.csv").open()))
+    best = max(rows, key=lambda row: (max(float(row["accuracy"]), float(row["ema_accuracy"])), int(row["epoch"])))
+    kept = torch.load(home/"RUN"/f"best-{int(best['epoch']):04}.ckpt", weights_only=True)
+    part = "ema" if float(best["ema_accuracy"]) > float(best["accuracy"]) else "model"
+    with safe_open(home/"RUN/best.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), kept[part][name]) for name in file.keys())
+
+
+NAMES = dict(torch="out.pt2", timm="out.safetensors", hf="out")
+
+
+@pytest.mark.parametrize("format", NAMES)
+def test_exports_give_the_same_logits(home, tmp_path, format):
+    import timm
+    run = load_run(home/"RUN")
+    images = torch.randn(5, 3, 16, 16)
+    vdc_export(run=str(home/"RUN"), format=format, out=str(tmp_path/NAMES[format]))
+    if format == "torch": same = torch.export.load(tmp_path/"out.pt2").module()
+    if format == "hf": same = timm.create_model(f"local-dir:{tmp_path/'out'}", pretrained=True).eval()
+    if format == "timm":
+        with safe_open(tmp_path/"out.safetensors", "pt") as file: header = file.metadata()
+        same = timm.create_model(header["model"], checkpoint_path=tmp_path/"out.safetensors", **json.loads(header["arguments"])).eval()
+    assert torch.allclose(same(images), run.model(images), atol=1e-4)
+
+
+def test_an_export_that_differs_is_not_written(home, tmp_path, monkeypatch, capsys):
+    from vitdynconv.train import export
+    monkeypatch.setattr(export, "torch_program", lambda run: torch.export.export(torch.nn.Flatten(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)))
+    with pytest.raises((SystemExit, RuntimeError)): vdc_export(run=str(home/"RUN"), format="torch", out=str(tmp_path/"out.pt2"))
+    assert not list(tmp_path.iterdir())
+
+
+# Changed data
+
+def rename(pictures): (pictures/"blue").rename(pictures/"violet")
+def swap(pictures):
+    for a, b in (("blue", "x"), ("red", "blue"), ("x", "red")): (pictures/a).rename(pictures/b)
+def remove(pictures): (pictures/"green/green_03.png").unlink()
+def add_class(pictures): shutil.copytree(pictures/"green", pictures/"yellow")
+def vanish(pictures): shutil.rmtree(pictures)
+
+
+@pytest.mark.parametrize("change, words", [(rename, "violet"), (swap, "has other training images"), (remove, "green"), (add_class, "4 classes"), (vanish, "pictures")])
+def test_changed_data_are_named_before_a_run_goes_on(copied, capsys, change, words):
+    pictures = copied.parent/"pictures"
+    change(pictures)
+    before = {path: path.read_bytes() for path in copied.iterdir()}
+    assert words in line(capsys, vdc_train, resume=str(copied), data=str(pictures))
+    assert {path: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_changed_data_may_be_meant(copied):
+    remove(copied.parent/"pictures")
+    vdc_train(resume=str(copied), data=str(copied.parent/"pictures"), changed_data=True)
+
+
+def test_moved_data_are_the_same_data(copied):
+    moved = shutil.move(copied.parent/"pictures", copied.parent/"elsewhere")
+    vdc_train(resume=str(copied), data=str(moved))
+
+
+@pytest.mark.parametrize("change", [rename, add_class])
+def test_evaluation_refuses_other_classes(copied, capsys, change):
+    pictures = copied.parent/"pictures"
+    change(pictures)
+    assert "classes" in line(capsys, vdc_eval, checkpoint=str(copied/"best.safetensors"), data=str(pictures))
+
+
+def test_evaluation_uses_the_data_of_the_run(home, capsys):
+    vdc_eval(checkpoint=str(home/"RUN/best.safetensors"))
+    assert " 6 " in capsys.readouterr().out  # two held-out pictures of each colour
+
+
+def test_evaluation_never_falls_back_to_the_digits(home, tmp_path, capsys):
+    from vitdynconv.train.checkpoint import save_weights
+    run = load_run(home/"RUN")
+    save_weights(tmp_path/"bare.safetensors", run.model, run.recipe)
+    assert "give --data" in line(capsys, vdc_eval, checkpoint=str(tmp_path/"bare.safetensors"))
+    assert "ema" in line(capsys, vdc_eval, checkpoint=str(home/"RUN/best.safetensors"), weights="ema")
+
+
+# Nothing is lost
+
+def test_two_writers(copied, capsys):
+    lock = RunLock(copied)
+    for arguments in dict(resume=str(copied)), dict(out=str(copied)):
+        assert f"process {os.getpid()} on {socket.gethostname()}" in line(capsys, vdc_train, **arguments)
+    lock.release()
+    assert not (copied/LOCK).exists()
+
+
+def test_a_lock_of_a_dead_process_is_stale(copied):
+    code = f"import os, time; from vitdynconv.train.record import RunLock; lock = RunLock({str(copied)!r}); os.fork() or time.sleep(30); os.kill(os.getpid(), 9)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    assert parent.wait(60) and (copied/LOCK).exists()
+    RunLock(copied).release()
+
+
+@pytest.mark.parametrize("command", [vdc_demo, vdc_study])
+@pytest.mark.parametrize("below", ["", "part"])
+def test_no_other_command_writes_into_a_run(copied, capsys, command, below):
+    before = sorted(copied.rglob("*"))
+    assert "belongs to a training run" in line(capsys, command, out=str(copied/below))
+    assert sorted(copied.rglob("*")) == before
+
+
+def test_a_step_that_fails_leaves_nothing(home, tmp_path, monkeypatch, capsys):
+    def broken(*_, **__): raise RuntimeError("mat1 and mat2 do not fit")
+    monkeypatch.setattr("vitdynconv.train.build.create_optimizer_v2", broken)
+    assert "one step" in line(capsys, vdc_train, data=str(home/"pictures"), out=str(tmp_path/"RUN"), **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+# One line, exit code 2, nothing written; by kind
+
+WRONG = {
+    "missing": [
+        (vdc_train, dict(out="NEW", data="nowhere")), (vdc_train, dict(out="NEW", recipe="nowhere.json")), (vdc_train, dict(resume="nowhere")),
+        (vdc_train, dict()), (vdc_eval, dict()), (vdc_eval, dict(checkpoint="nowhere.ckpt")), (vdc_eval, dict(checkpoint="nowhere.safetensors")),
+        (vdc_predict, dict(images=["a.jpg"])), (vdc_predict, dict(images=["nowhere.jpg"], run="RUN")), (vdc_predict, dict(images=["pictures"], run="nowhere")),
+        (vdc_export, dict()), (vdc_export, dict(run="RUN", format="torch")), (vdc_export, dict(run="nowhere", format="torch", out="x")),
+        (vdc_export, dict(run="RUN", out="x")), (vdc_export, dict(run="RUN", format="timm", out="x")), (vdc_predict, dict(images=["pictures"], run="empty")),
+    ],
+    "empty or of another kind": [
+        (vdc_train, dict(out="NEW", data="empty")), (vdc_train, dict(out="NEW", data="text")), (vdc_train, dict(out="NEW", recipe="text")),
+        (vdc_train, dict(out="NEW", data="one_class")), (vdc_train, dict(out="NEW", data="broken")), (vdc_eval, dict(checkpoint="text")),
+        (vdc_eval, dict(checkpoint="text.safetensors")), (vdc_eval, dict(checkpoint="empty")), (vdc_predict, dict(images=["text"], run="RUN")),
+        (vdc_predict, dict(images=["empty"], run="RUN")), (vdc_predict, dict(images=["pictures"], run="text")), (vdc_export, dict(run="text", format="timm", out="x")),
+        (vdc_train, dict(resume="empty")), (vdc_train, dict(resume="text")), (vdc_eval, dict(checkpoint="RUN/best.safetensors", data="empty")),
+    ],
+    "names": [
+        (vdc_train, dict(out="NEW", recipe="digit")), (vdc_train, dict(out="NEW", activation="sofmax")), (vdc_train, dict(out="NEW", model="vit_tinny")),
+        (vdc_train, dict(out="NEW", opt="adamx")), (vdc_train, dict(out="NEW", kernel="dense")), (vdc_train, dict(out="NEW", log="paper")),
+        (vdc_train, dict(out="NEW", set="warmth=1")), (vdc_train, dict(out="NEW", reader="nonsense/x", data="pictures", recipe="pictures")),
+        (vdc_train, dict(out="NEW", pos="sideways")), (vdc_eval, dict(checkpoint="RUN/last.ckpt", weights="best")),
+        (vdc_predict, dict(images=["pictures"], run="RUN", weights="best")), (vdc_export, dict(run="RUN", format="tflite", out="x")),
+        (vdc_train, dict(out="NEW", model_args='{"no_such": 3}')),
+    ],
+    "numbers": [
+        (vdc_train, dict(out="NEW", epochs="0")), (vdc_train, dict(out="NEW", epochs="many")), (vdc_train, dict(out="NEW", lr="-1")),
+        (vdc_train, dict(out="NEW", seed="-1")), (vdc_train, dict(out="NEW", seed="4294967296")), (vdc_train, dict(out="NEW", log_every=0)),
+        (vdc_train, dict(out="NEW", timeout=0)), (vdc_train, dict(out="NEW", img_size="2")), (vdc_train, dict(out="NEW", batch_size="9999")),
+        (vdc_train, dict(out="NEW", num_heads="5")), (vdc_train, dict(out="NEW", num_classes="7", data="pictures")), (vdc_train, dict(out="NEW", in_chans="2", data="pictures")),
+        (vdc_predict, dict(images=["pictures"], run="RUN", top=0)), (vdc_eval, dict(checkpoint="RUN/last.ckpt", batch_size="0")),
+    ],
+    "places": [
+        (vdc_train, dict(out="RUN")), (vdc_train, dict(out="text")), (vdc_train, dict(out="text/NEW")), (vdc_eval, dict(checkpoint="RUN/last.ckpt", csv="nowhere/r.csv")),
+        (vdc_predict, dict(images=["pictures"], run="RUN", csv="nowhere/r.csv")), (vdc_export, dict(run="RUN", format="timm", out="nowhere/x.safetensors")),
+        (vdc_export, dict(run="RUN", format="hf", out="empty")), (vdc_predict, dict(images=["pictures"], run="RUN", json="empty")),
+    ],
+    "options that would be ignored": [
+        (vdc_train, dict(resume="RUN", recipe="digits")), (vdc_train, dict(resume="RUN", epochs="3")), (vdc_train, dict(resume="RUN", set="lr=1")),
+        (vdc_train, dict(resume="RUN", out="NEW")), (vdc_train, dict(resume="RUN", reader="hfds/x")), (vdc_train, dict(out="NEW", changed_data=True)),
+        (vdc_eval, dict(checkpoint="RUN/model.safetensors", weights="ema")),
+    ],
+}
+CASES = [(kind, *case) for kind, cases in WRONG.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def place(home):
+    "What wrong inputs name."
+    for name in ("text", "text.safetensors"): (home/name).write_text("text")
+    (home/"empty").mkdir()
+    write_pictures(home/"one_class", dict(red=COLOURS["red"]))
+    for name in ("a", "b"):
+        (home/"broken"/name).mkdir(parents=True)
+        for number in range(4): (home/"broken"/name/f"{number}.png").write_text("no picture")
+    return home
+
+
+@pytest.mark.parametrize("kind, command, arguments", CASES, ids=[f"{kind}-{command.__name__}-{number}" for number, (kind, command, _) in enumerate(CASES)])
+def test_wrong_input_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, kind, command, arguments):
+    monkeypatch.chdir(place)
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
+    said = line(capsys, command, **arguments)
+    assert said.startswith(f"{command.__name__}: ") and len(said) < 700
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()} == before
+    assert not (place/"NEW").exists()
+
+
+def test_there_are_sixty_of_them(): assert len(CASES) >= 60

@@ -1,0 +1,121 @@
+"Strided self-attention: stride 1 is the unstrided module, stride s is that module subsampled; and NumPy, query by query."
+import copy
+import math
+import pickle
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import numpy_reference as ref
+import reference_checks as checks
+from vitdynconv.fast import dynamic_conv_attention
+from vitdynconv.layers.activations import ACTIVATIONS
+from vitdynconv.layers.attention import DynamicConvAttention
+from vitdynconv.layers.selection import SELECTIONS
+from vitdynconv.layers.strided import StridedAttention, coarse_grid, strided_rows
+
+GRID = (5, 4)
+
+
+def kept(grid, stride, prefix):
+    "Tokens that stay, by loops."
+    rows = range(0, grid[0], stride)
+    columns = range(0, grid[1], stride)
+    return [*range(prefix), *[prefix + r * grid[1] + c for r in rows for c in columns]]
+
+
+def strided(name="softmax", stride=2, prefix=0, **settings):
+    settings = dict(pos="rel", grid_size=GRID) | settings
+    return checks.prepared(StridedAttention(6, 2, stride, activation=name, num_prefix_tokens=prefix, **settings))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("fast", [False, True])
+def test_against_numpy(name, stride, prefix, fast):
+    settings = dict(backend=dynamic_conv_attention) if fast else {}
+    module = strided(name, stride, prefix, out_dim=10, **settings)
+    rows = kept(GRID, stride, prefix)
+
+    def reference(x, state):
+        return ref.attention_mixer(x, state, 2, checks.reference_of(name), None, GRID, prefix)[:, rows]
+
+    checks.check_module(module, reference, x=checks.random(2, prefix + math.prod(GRID), 6))
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(kernel_size=3), dict(selection="neighborhood", activation="ln"), dict(selection="projected", pos=None)])
+def test_stride_one_is_the_unstrided_module(settings):
+    settings = dict(pos="rel", grid_size=GRID) | settings
+    full = checks.prepared(DynamicConvAttention(6, 2, **settings))
+    ours = StridedAttention(6, 2, 1, **settings).double()
+    ours.load_state_dict(full.state_dict())
+    x = torch.from_numpy(checks.random(2, 20, 6))
+    assert torch.equal(ours(x), full(x))
+
+
+@pytest.mark.parametrize("rule", SELECTIONS)
+@pytest.mark.parametrize("kind", ["none", "plane", "additive", "causal"])
+def test_masks_and_selections_are_of_the_fine_map(rule, kind):
+    soft = not SELECTIONS[rule].hard
+    if soft and kind != "none": pytest.skip("a soft selection takes no mask")
+    settings = dict(pos=None if soft else "rel", grid_size=GRID, selection=rule)
+    full = checks.prepared(DynamicConvAttention(6, 2, **settings))
+    ours = StridedAttention(6, 2, 2, **settings).double()
+    ours.load_state_dict(full.state_dict())
+    mask = torch.from_numpy(np.random.default_rng(2).random((20, 20)) < .6)
+    call = dict(none={}, plane=dict(mask=mask), causal=dict(is_causal=True),
+                additive=dict(mask=torch.zeros(20, 20, dtype=torch.float64).masked_fill(~mask, -100.)))[kind]
+    x = torch.from_numpy(checks.random(2, 20, 6))
+    torch.testing.assert_close(ours(x, **call), full(x, **call)[:, kept(GRID, 2, 0)], rtol=0, atol=1e-13)
+
+
+def test_live_grid_and_out_grid():
+    module = strided(pos=None)
+    assert module.out_grid == (3, 2) == coarse_grid(GRID, 2)
+    module.live_grid = 7, 6
+    x = torch.from_numpy(checks.random(2, 42, 6))
+    assert module.out_grid == (4, 3) and module(x).shape == (2, 12, 6)
+    full = checks.prepared(DynamicConvAttention(6, 2, grid_size=(7, 6)))
+    full.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x), full(x)[:, kept((7, 6), 2, 0)], rtol=0, atol=1e-13)
+
+
+def test_rows_by_loops():
+    x = torch.arange(22.)[:, None]
+    for stride in 1, 2, 3, 9: assert strided_rows(x, GRID, stride, 2).flatten().tolist() == kept(GRID, stride, 2)
+
+
+def test_tools_and_batches():
+    module, x = strided().float(), torch.randn(2, 20, 6)
+    for other in copy.deepcopy(module), pickle.loads(pickle.dumps(module)): assert torch.equal(other(x), module(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(module, x)
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64)},)).module()
+    more = torch.randn(5, 20, 6)
+    for graph in traced, exported: torch.testing.assert_close(graph(more), module(more), rtol=1e-4, atol=1e-5)
+    assert module(x[:0]).shape == (0, 6, 6)
+    half = copy.deepcopy(module).half()(x.half()).float()
+    assert (half - module(x)).norm() < .05 * module(x).norm()
+    assert module.to("meta")(x.to("meta")).shape == (2, 6, 6)
+
+
+def test_gradients_by_finite_differences():
+    module = strided("scaling", kernel_size=3)
+    assert torch.autograd.gradcheck(module, torch.from_numpy(checks.random(1, 20, 6)).requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda: StridedAttention(6, 2, 0, grid_size=4), "stride=0"),
+    (lambda: StridedAttention(6, 2, 1.5, grid_size=4), "stride=1.5"),
+    (lambda: StridedAttention(6, 2, True, grid_size=4), "stride=True"),
+    (lambda: StridedAttention(6, 2), "needs grid_size"),
+    (lambda: strided(kernel_size=3)(torch.zeros(1, 20, 6, dtype=torch.float64), is_causal=True), "take no mask"),
+])
+def test_wrong_settings_are_answered(wrong, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error: wrong()
+    assert "\n" not in str(error.value)
