@@ -73,9 +73,9 @@ MUTANTS = [
     Mutant("data", "crop_pct ignored in evaluation", "data/images.py", "create_transform(crop_pct=settings['crop_pct'], **common)", "create_transform(**common)", "train/test_images.py crop"),
     Mutant("counting", "LayerNorm charged four times", "models/cost.py", "Rule(partial(norm_macs, each=layernorm, weight=weight))", "Rule(partial(norm_macs, each=layernorm - 1, weight=weight))", "models/test_cost.py"),
     Mutant("counting", "linear layers without bias", "models/formulas.py", "return Cost(n * a * b, a * b + bias * b, n * b)", "return Cost(n * a * b, a * b, n * b)", "models/test_cost.py"),
-    Mutant("surgery", "tables of channels interleaved", ATT, "table.copy_(resized.repeat_interleave(times, 1))", "table.copy_(resized.repeat(1, times))", "models/test_surgery.py depthwise or table"),
-    Mutant("surgery", "q_norm not carried over", ATT, "ours = cls(**timm_settings(attn)", "attn.q_norm = nn.Identity()\n    ours = cls(**timm_settings(attn)", "layers/test_attention.py"),
-    Mutant("surgery", "per-kernel weights resized by the nearest", POS, "mode='bicubic', antialias=True, align_corners=False)\n    return torch.cat", "mode='nearest')\n    return torch.cat", "layers/test_attention.py or grid"),
+    Mutant("surgery", "tables of channels interleaved", ATT, "table.copy_(resized.repeat_interleave(times, 1))", "table.copy_(resized.repeat(1, times))", "layers/test_reference_mixers.py each_of_its_channels"),
+    Mutant("surgery", "q_norm not carried over", ATT, "ours = cls(**timm_settings(attn)", "attn.q_norm = nn.Identity()\n    ours = cls(**timm_settings(attn)", "layers/test_reference_mixers.py carried"),
+    Mutant("surgery", "per-kernel weights resized by the nearest", POS, "mode='bicubic', antialias=True, align_corners=False)\n    return torch.cat", "mode='nearest')\n    return torch.cat", "layers/test_reference_mixers.py ramp"),
 ]
 
 

@@ -8,6 +8,9 @@ import torch
 
 import numpy_reference as ref
 from reference_checks import *
+from timm.layers import Attention
+from timm.models.swin_transformer import WindowAttention
+from vitdynconv.layers.position import resize_per_kernel
 from vitdynconv.layers.selection import ProjectedKernels, WindowKernels
 
 
@@ -163,3 +166,35 @@ def test_linformer(name, share, evaluation):
         lambda x, state: mixer_reference(name, x, state, (2, 3), 1, None),
         x=random(2, 7, 6),
     )
+
+
+# --------------------------------------------------------------------------------------------------
+# Taking over timm's modules
+# --------------------------------------------------------------------------------------------------
+
+
+def test_normalised_queries_and_keys_are_carried_over():
+    norm = torch.nn.LayerNorm
+    theirs = prepared(Attention(6, 2, qkv_bias=True, qk_norm=True, norm_layer=norm))
+    ours = DynamicConvAttention.from_timm(theirs)
+    state = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    x = random(2, 7, 6)
+    expected = ref.attention_mixer(x, state, 2)
+    assert_near(ours(torch.from_numpy(x)), expected, "outputs")
+
+
+def test_the_table_of_a_head_goes_to_each_of_its_channels():
+    theirs = prepared(WindowAttention(6, 2, window_size=(2, 3)))
+    ours = DepthwiseSelfAttention.from_timm(theirs, pos_per="channel")
+    state = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    qk = {"qk.weight": state["qkv.weight"][:12], "qk.bias": state["qkv.bias"][:12]}
+    x = random(2, 6, 6)
+    expected = ref.depthwise_mixer(x, state | qk, 2, (2, 3))
+    assert_near(ours(torch.from_numpy(x)), expected, "outputs")
+
+
+def test_per_kernel_weights_of_a_ramp_stay_a_ramp():
+    """Bicubic interpolation keeps straight lines away from the border; the nearest entry makes steps."""
+    ramp = torch.arange(8.0).repeat(8, 1).flatten()
+    larger = resize_per_kernel(ramp, (8, 8), (16, 16)).unflatten(0, (16, 16))[8, 4:12]
+    torch.testing.assert_close(larger.diff(), torch.full((7,), 0.5), rtol=0, atol=1e-4)
