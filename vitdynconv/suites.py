@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn, Tensor
-from .bench import Limit, Row, Setting, compare, peak_mb, race
+from .timing import Limit, Row, Setting, compare, peak_mb, race
 from .fast.dispatch import dynamic_conv_attention, fast_depthwise_attention
 from .fast.relative_position import bias_product, relative_position
 from .fast.tiled import pointwise_attention

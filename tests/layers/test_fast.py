@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitdynconv import bench, suites
+from vitdynconv import bench, suites, timing
 from vitdynconv.fast import dispatch as fast
 from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
@@ -394,6 +394,6 @@ def test_rows_become_a_file(tmp_path, monkeypatch, capsys):
 
 def test_a_race_compares_in_turns():
     calls = []
-    taken = bench.race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, least=4, slot=0)
+    taken = timing.race({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, least=4, slot=0)
     assert {name: len(times) for name, times in taken.items()} == {"a": 4, "b": 4}
     assert all(sorted(pair) == ["a", "b"] for pair in zip(calls[4::2], calls[5::2]))
