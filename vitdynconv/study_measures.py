@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
-from .study import ROW, Row
+from .study_plan import ROW, Row
 from .viz.theme import INK, ink_axes
 
 # %% ../nbs/study_measures.ipynb #2ebee7e3

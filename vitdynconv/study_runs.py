@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 from .data import cluttered_digits_dls
 from .models.registry import create_model
-from .study import Job, Plan, Row, cores, jobs_of, open_study, trials_of
+from .study_plan import Job, Plan, Row, cores, jobs_of, open_study, trials_of
 from .study_measures import mean_curves
 from .tools.files import replacing
 from .train.learner import create_learner

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from vitdynconv import study
+from vitdynconv import study_plan
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models.paper import TABLE2
-from vitdynconv.study import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of
+from vitdynconv.study_plan import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of
 from vitdynconv.study_measures import Finding, area, epochs_to, interval, measure, paired, verdict
 from vitdynconv.study_runs import best_rate, run_study, study_model
 
@@ -59,16 +59,16 @@ def test_a_stopped_study_goes_on(tmp_path):
     assert all((file.stat().st_mtime_ns, file.read_text()) == before[file] for file in files if file != gone)
     about = json.loads((tmp_path/"study.json").read_text())
     assert about["versions"]["torch"] and about["machine"] and about["plan"]["epochs"] == 1
-    with pytest.raises(ValueError, match="holds another study: epochs is 1 there and 16 here"): study.open_study(dataclasses.replace(TINY, epochs=16), tmp_path)
-    with pytest.raises(ValueError, match="rows is 1 networks there and 22 networks here"): study.open_study(PLANS["full"], tmp_path)
+    with pytest.raises(ValueError, match="holds another study: epochs is 1 there and 16 here"): study_plan.open_study(dataclasses.replace(TINY, epochs=16), tmp_path)
+    with pytest.raises(ValueError, match="rows is 1 networks there and 22 networks here"): study_plan.open_study(PLANS["full"], tmp_path)
     (tmp_path/"study.json").write_text(json.dumps(about | dict(versions=about["versions"] | dict(timm="0.1"))))
-    with pytest.raises(ValueError, match="timm is 0.1 there"): study.open_study(TINY, tmp_path)
+    with pytest.raises(ValueError, match="timm is 0.1 there"): study_plan.open_study(TINY, tmp_path)
     (tmp_path/"study.json").unlink()
-    with pytest.raises(ValueError, match="study.json is missing"): study.open_study(TINY, tmp_path)
+    with pytest.raises(ValueError, match="study.json is missing"): study_plan.open_study(TINY, tmp_path)
 
 
 def test_a_job_that_fails_is_named_and_the_rest_is_kept(tmp_path):
-    study.open_study(TINY, tmp_path)
+    study_plan.open_study(TINY, tmp_path)
     trial = Job(ROWS[-1], TINY.tuning_seed, 1e-3, "tune")
     for lr in TINY.rates: dataclasses.replace(trial, lr=lr).file(tmp_path).write_text("epoch,valid_loss\n1,2\n")     # no learning rate: the reported run cannot choose
     with pytest.raises(RuntimeError, match=r"swin-scaling-depthwise-rel, seed 1, ended with exit code 1.*Finished runs are kept"): run_study(TINY, tmp_path, workers=1)
