@@ -32,14 +32,24 @@ def is_shown(cell):
     return not {"export", "exporti", "exports", "default_exp", "hide"} & set(found) and found.get("echo") != "false" and found.get("include") != "false"
 
 
+def wide_lines(path):
+    "Visible lines of code that are longer than a page is wide."
+    wide = []
+    for cell in cells(path, "code"):
+        if not is_shown(cell): continue
+        wide += [line.rstrip() for line in cell["source"] if len(line.rstrip()) > CODE_WIDTH and not line.startswith("#|")]
+    return wide
+
+
+# Pages that were written before there was a limit: how many lines they may still have. A number here only goes down.
+STILL_WIDE = json.loads((Path(__file__).parent/"wide_lines.json").read_text())
+
+
 @pages
 def test_code_fits_the_page(name):
     "Longer lines are cut off, or scroll, where they are read."
-    wide = []
-    for cell in cells(NBS / name, "code"):
-        if not is_shown(cell): continue
-        wide += [line.rstrip() for line in cell["source"] if len(line.rstrip()) > CODE_WIDTH and not line.startswith("#|")]
-    assert not wide, f"{len(wide)} lines of more than {CODE_WIDTH} characters, such as\n" + "\n".join(wide[:3])
+    wide, allowed = wide_lines(NBS / name), STILL_WIDE.get(name, 0)
+    assert len(wide) <= allowed, f"{len(wide)} lines of more than {CODE_WIDTH} characters, such as\n" + "\n".join(wide[:3])
 
 
 @pages
