@@ -176,8 +176,8 @@ def test_linformer(name, share, evaluation):
 def test_normalised_queries_and_keys_are_carried_over():
     norm = torch.nn.LayerNorm
     theirs = prepared(Attention(6, 2, qkv_bias=True, qk_norm=True, norm_layer=norm))
-    ours = DynamicConvAttention.from_timm(theirs)
     state = {name: p.detach().numpy() for name, p in theirs.named_parameters()}
+    ours = DynamicConvAttention.from_timm(theirs)
     x = random(2, 7, 6)
     expected = ref.attention_mixer(x, state, 2)
     assert_near(ours(torch.from_numpy(x)), expected, "outputs")
