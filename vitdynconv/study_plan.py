@@ -19,6 +19,7 @@ from pathlib import Path
 import vitdynconv
 from .tools.files import replacing
 from .models.paper import TABLE2
+from .train.record import refuse_training_run
 
 # %% ../nbs/study_plan.ipynb #05db88e0
 ROW = ['base', 'activation', 'kernel', 'pos', 'cls']  # the columns that name a row
@@ -163,6 +164,7 @@ def open_study(
     out = Path(out)
     file = out / 'study.json'
     runs = out / 'runs'
+    refuse_training_run(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f'--out {out} is a file; name a folder, which may be new')
     wanted = describe(plan)

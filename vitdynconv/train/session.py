@@ -17,7 +17,7 @@ from .checkpoint import Checkpoints, RunStopped, best_epochs, restore, save_weig
 from .learner import create_learner, start_processes
 from .logbook import TRACKERS, EachEpoch, FiniteLoss, StepLog, plot_history
 from .record import RunLock, check_classes, data_changes, record_of
-from .run import open_run
+from .folder import open_run
 
 # %% ../../nbs/train/04_session.ipynb #41f25361
 def headline(
