@@ -68,7 +68,7 @@ def fused(q, k, v, act: Softmax, bias: Tensor | None, mask: Tensor | None) -> Te
     return y if empty is None else y.masked_fill(empty, 0)
 
 # %% ../../nbs/fast/04_dispatch.ipynb #98daf5a0
-def by_definition(q, k, v, act, bias, mask, position) -> Tensor:
+def by_definition(q, k, v, act, bias, mask, position: RelativePosition | None) -> Tensor:
     "`attention`, with weights of the values' dtype: under autocast, a bias or a parameter in float32 may have raised them."
     def weights(logits, bias=None, mask=None):
         return act(logits, bias=bias, mask=mask).to(v.dtype)
@@ -152,7 +152,7 @@ def evaluate(q, k, v, act: Callable, bias, mask, position: RelativePosition | No
         return add_position(y, v, bias, position)
     return evaluate_by_logits(q, k, v, act, kind, bias, mask, position)
 
-def evaluate_by_logits(q, k, v, act, kind, bias, mask, position) -> Tensor:
+def evaluate_by_logits(q, k, v, act, kind: str, bias, mask, position: RelativePosition | None) -> Tensor:
     "The choice among the ways that compute every logit, (b, h, n, e)."
     n, m = q.shape[2], k.shape[2]
     few = n * m <= STORED

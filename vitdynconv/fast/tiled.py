@@ -134,8 +134,10 @@ class Tiled(torch.autograd.Function):
         return dq, dk, dv, dbias, None, None, None, None, None, *dparams
 
 # %% ../../nbs/fast/02_tiled.ipynb #091f5246
-def tiled_gradients(grad, q, k, v, bias, mask, params, act, scale, gain, num_heads) -> tuple:
-    "The way back through `Tiled`: gradients of q, k, v and bias, and the list of those of the parameters."
+def tiled_gradients(grad, q, k, v, bias, mask, params: list, act, scale, gain, num_heads: int) -> tuple:
+    """The way back through `Tiled`: gradients of q, k, v and bias, and the list of those of `params`.
+
+    The logits are multiplied by `scale`, the weights by `gain`."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk, dv, dbias, *dparams = [zeros_to_add(t) for t in (k, v, bias, *params)]
     cuts = tiles(q, k.shape[1])

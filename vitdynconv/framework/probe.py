@@ -10,6 +10,7 @@ __all__ = ['ACTIVATION_SLOTS', 'COLUMNS', 'CutMixer', 'in_channels', 'own_activa
 # %% ../../nbs/framework/01_probe.ipynb #62d91b27
 import copy
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -70,7 +71,7 @@ def make_neutral(self: CutMixer) -> None: # changes the copy
         if getattr(self.mixer, slot, None) is self.activation: setattr(self.mixer, slot, softmax)
 
 # %% ../../nbs/framework/01_probe.ipynb #e558f76f
-def replace_output(function, layer, args, output):
+def replace_output(function: Callable, layer: nn.Module, args: tuple, output: Tensor):
     "A forward hook that hands the output to `function`."
     return function(output)
 

@@ -97,7 +97,8 @@ def judged(
 
 # %% ../../nbs/framework/04_proofs.ipynb #808f11f3
 @proof('ViT', 'static, dynamic, dynamic, static conv', 'nn.MultiheadAttention')
-def vit_torch(dtype):
+def vit_torch(dtype: torch.dtype) -> Comparison:
+    "A block of four convolutions against PyTorch's attention, maps (2, 24, 5, 4); sections 3.1 and 3.2."
     mha = prepared(nn.MultiheadAttention(24, 3, batch_first=True), dtype)
     block = DynamicConvBlock(24, 3).to(dtype)
     weights = dict(mha.named_parameters())
@@ -111,7 +112,8 @@ def vit_torch(dtype):
     return Comparison(convs, multihead, dict(x=normal(2, 24, 5, 4, dtype=dtype)), weights)
 
 @proof('ViT', 'DynamicConvAttention', 'timm Attention')
-def vit_timm(dtype):
+def vit_timm(dtype: torch.dtype) -> Comparison:
+    "Attention as dynamic convolutions against timm's, tokens (2, 20, 24); sections 3.1 and 3.2."
     timm_module = prepared(Attention(24, 3, qkv_bias=True), dtype)
     ours = DynamicConvAttention(24, 3, backend=attention_as_convs).to(dtype)
     weights = dict(timm_module.named_parameters())
@@ -122,7 +124,8 @@ def vit_timm(dtype):
 
 # %% ../../nbs/framework/04_proofs.ipynb #1defb5b3
 @proof('Swin', 'static and dynamic convs in windows', 'timm block, plain windows')
-def swin_convs(dtype):
+def swin_convs(dtype: torch.dtype) -> Comparison:
+    "Convolutions in windows of 4 x 4 with a position table against a Swin block, maps (2, 8, 12, 24)."
     block = prepared(SwinTransformerBlock(24, (8, 12), 3, window_size=4), dtype)
     ours = Windowed(WindowKernels(4), KernelAttention2d(24, 3, 1, pos='rel', grid_size=4)).to(dtype)
     weights = dict(block.attn.named_parameters())
@@ -159,7 +162,8 @@ for kind, size, shift in [('plain windows', (8, 12), 0), ('shifted windows', (8,
 
 # %% ../../nbs/framework/04_proofs.ipynb #3f181cf3
 @proof('Linformer', 'DynamicConvAttention, ProjectedKernels', 'SDPA over mixtures')
-def linformer(dtype):
+def linformer(dtype: torch.dtype) -> Comparison:
+    "Six mixtures of keys and of values for each head (arXiv 2006.04768, Eq. 7), tokens (2, 20, 24)."
     bank = ProjectedKernels((4, 5), 6, 3)
     ours = prepared(DynamicConvAttention(24, 3, selection=bank, backend=attention_as_convs), dtype)
 
@@ -173,13 +177,15 @@ def linformer(dtype):
 
 # %% ../../nbs/framework/04_proofs.ipynb #bd506c39
 @proof('D-Conv', 'router, mixed kernel, convolution', 'NumPy, position by position')
-def dynamic_conv(dtype):
+def dynamic_conv(dtype: torch.dtype) -> Comparison:
+    "Four mixed kernels (arXiv 1912.03458), with stride, dilation and groups, maps (3, 8, 9, 7)."
     conv = DynamicConv2d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2, temperature=2.)
     options = dict(temperature=2., stride=2, dilation=2, groups=2)
     return judged(prepared(conv, dtype), partial(reference.dynamic_conv, **options), normal(3, 8, 9, 7, dtype=dtype))
 
 @proof('D-Conv', 'router, mixed kernel, convolution', 'timm CondConv2d')
-def cond_conv(dtype):
+def cond_conv(dtype: torch.dtype) -> Comparison:
+    "The same mixture as timm's conditional convolution, which gets the coefficients, maps (3, 8, 9, 7)."
     conv = prepared(DynamicConv2d(8, 6, 3, padding=1, temperature=1.), dtype)
     experts = CondConv2d(8, 6, 3, padding=1, bias=True, num_experts=4).to(dtype)
     squeeze, _, excite = conv.router
@@ -229,7 +235,8 @@ def activation_proofs() -> list[Proof]:
 
 # %% ../../nbs/framework/04_proofs.ipynb #1651f7ca
 @proof('activation', "scaling, Q (K'V) merged", "(Q K') V in NumPy")
-def merged(dtype):
+def merged(dtype: torch.dtype) -> Comparison:
+    "Keys and values are multiplied first (Figure 5), q, k and v (2, 3, 20, 8)."
     q, k, v = normal(3, 2, 3, 20, 8, dtype=dtype)
 
     def merge_first(q, k, v): return q @ (k.mT @ v) / 8
@@ -239,7 +246,8 @@ def merged(dtype):
     return Comparison(merge_first, logits_first, dict(q=q, k=k, v=v), {}, in_numpy=True)
 
 @proof('position', 'B V as a depth-wise conv', 'matrix B in NumPy')
-def relative(dtype):
+def relative(dtype: torch.dtype) -> Comparison:
+    "The position term of Eq. 4 on a grid of 4 x 5: table (63, 3), v (2, 3, 20, 8)."
     grid = 4, 5
     table, v = normal(7 * 9, 3, dtype=dtype), normal(2, 3, 20, 8, dtype=dtype)
 
@@ -254,7 +262,8 @@ def relative(dtype):
 
 # %% ../../nbs/framework/04_proofs.ipynb #62018c5e
 @proof('depth-wise', 'DepthwiseSelfAttention, rel, mask', 'Eq. 5 in NumPy')
-def depthwise(dtype):
+def depthwise(dtype: torch.dtype) -> Comparison:
+    "Eq. 5 with a position table and a mask in which one row selects nothing, tokens (2, 20, 24)."
     ours = prepared(DepthwiseSelfAttention(24, 3, pos='rel', grid_size=(4, 5)), dtype)
     mask = torch.zeros(20, 20, dtype=torch.bool)
     mask[:10, :10] = mask[10:19, 10:19] = True                          # two windows, and a position without any
@@ -264,7 +273,8 @@ def depthwise(dtype):
     return Comparison(lambda x: ours(x, mask=mask), definition, dict(x=normal(2, 20, 24, dtype=dtype)), dict(ours.named_parameters()), in_numpy=True)
 
 @proof('future work', 'k x k kernels, stride 2', 'two k x k convolutions in NumPy')
-def large_kernels(dtype):
+def large_kernels(dtype: torch.dtype) -> Comparison:
+    "Dynamic 3 x 3 kernels at every second position (section 5), maps (2, 8, 6, 5)."
     block = prepared(KernelAttention2d(8, 2, 3, stride=2), dtype)
 
     def definition(x, state): return reference.kernel_attention(x, state, 2, 3, reference.formula_of(block.act, state, 'act.', 4), stride=2)
@@ -272,7 +282,8 @@ def large_kernels(dtype):
     return judged(block, definition, normal(2, 8, 6, 5, dtype=dtype))
 
 @proof('future work', 'k x k kernels at k = 1', 'timm Attention')
-def kernels_of_one(dtype):
+def kernels_of_one(dtype: torch.dtype) -> Comparison:
+    "Kernels of 1 x 1 are attention, maps (2, 24, 5, 4)."
     timm_module = prepared(Attention(24, 3, qkv_bias=True), dtype)
     block = KernelAttention2d(24, 3, 1).to(dtype)
     weights = dict(timm_module.named_parameters())

@@ -150,8 +150,8 @@ def mix_kernels(k: np.ndarray, v: np.ndarray, state: dict) -> tuple:
     F = state.get('selection.F', E)
     return E.swapaxes(1, 2) @ k, F.swapaxes(1, 2) @ v
 
-def bias_of(state: dict, grid, prefix: int):
-    "The bias of a mixer's position table, or None."
+def bias_of(state: dict, grid: tuple[int, int], prefix: int) -> np.ndarray | None:
+    "The bias (h, n, n) of a mixer's position table, or None."
     table = state.get('relative_position_bias_table')
     return None if table is None else relative_bias(table, grid, prefix)
 
@@ -249,7 +249,7 @@ def pooled(
     return block_means(x, stride)
 
 # %% ../../nbs/framework/02_reference.ipynb #44bf93b6
-def generated(x: np.ndarray, state: dict, pool, stride: int = 1) -> np.ndarray:
+def generated(x: np.ndarray, state: dict, pool: str | np.ndarray, stride: int = 1) -> np.ndarray:
     "The kernels that a generator makes of one image (c, H, W): (numbers, H', W')."
     def pointwise(x, name): return np.moveaxis(linear(np.moveaxis(x, 0, 2), state, name), 2, 0)
 

@@ -149,7 +149,7 @@ class KernelAttention2d(nn.Module):
         self.out = nn.Conv2d(dim, out_dim or dim, 1)
 
 # %% ../../nbs/layers/08_kxk.ipynb #kxk00031
-def check_block(dim: int, num_heads: int, stride: int, pos: str | None, grid_size) -> None:
+def check_block(dim: int, num_heads: int, stride: int, pos: str | None, grid_size: tuple | None) -> None:
     "ValueError for settings of `KernelAttention2d` that do not fit together."
     if dim % num_heads: raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the divisors of {dim}')
     if not isinstance(stride, int) or stride < 1: raise ValueError(f'stride={stride} is no step; choose 1, 2, ...')

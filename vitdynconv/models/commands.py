@@ -114,7 +114,15 @@ def vdc_cost(
         save_rows(rows, json=json)
 
 # %% ../../nbs/models/13_commands.ipynb #3751b412
-def check_request(table, model, variant: dict, input_size, form: str, convention: str, by) -> None:
+def check_request(
+    table: int | None,             # 3, or None for one model
+    model: str | None,             # its name
+    variant: dict,                 # option -> value, None where it was not given
+    input_size: int | None,        # pixels
+    form: str,                     # 'as is', 'literal' or 'merged'
+    convention: str,               # 'paper', 'fvcore' or 'products'
+    by: str | None,                # 'module' or 'operator'
+) -> None:                         # nothing: raises ValueError
     "Refuse what cannot be counted. ValueError with the valid values; an option that would be ignored is refused, too."
     checks = dict(table=(table, (None, 3)), convention=(convention, ('paper', 'fvcore', 'products')),
                   by=(by, (None, 'module', 'operator')), form=(form, ('as is', 'literal', 'merged')))

@@ -60,7 +60,9 @@ def written(inputs, outputs) -> int:
     "Activations of a product: all that it writes."
     return numel(outputs[0])
 
-def nothing(inputs, outputs) -> int: return 0
+def nothing(inputs, outputs) -> int:
+    "The count of an operator that costs nothing."
+    return 0
 
 def product_macs(inputs, outputs, left: int = 0) -> int:
     "A matrix product: each output is a sum over the last axis of the left operand."
@@ -198,9 +200,18 @@ def analyse(
     if analysis.unsupported_ops(): raise unknown(analysis.unsupported_ops())
     return analysis.by_module_and_operator()
 
-def quiet(analysis): return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings('none')
-def scored(inputs, outputs, kind: str, rules: dict) -> Counter: return score(kind, inputs, outputs, rules)
-def scored_inside(inputs, outputs, rules: dict) -> Counter: return score_inside(outputs, rules)
+def quiet(analysis: JitModelAnalysis) -> JitModelAnalysis:
+    "The same analysis of fvcore, without its warnings."
+    analysis = analysis.unsupported_ops_warnings(False)
+    return analysis.uncalled_modules_warnings(False).tracer_warnings('none')
+
+def scored(inputs, outputs, kind: str, rules: dict) -> Counter:
+    "`score` with the arguments in the order in which fvcore gives them."
+    return score(kind, inputs, outputs, rules)
+
+def scored_inside(inputs, outputs, rules: dict) -> Counter:
+    "`score_inside` for fvcore, which also gives the inputs."
+    return score_inside(outputs, rules)
 
 # %% ../../nbs/models/11_cost.ipynb #bc19c6d6
 def merged_attention(

@@ -104,7 +104,9 @@ def compare(
     lost = {name: w for name, w in before.items() if name not in used}
     return rows + [Weight(name, 'dropped', shape_of(w), note=reason_for(name)) for name, w in lost.items()]
 
-def shape_of(w) -> tuple: return tuple(getattr(w, 'shape', ()))
+def shape_of(w) -> tuple:
+    "The shape of `w`, an entry of a state dict; () if it is no tensor."
+    return tuple(getattr(w, 'shape', ()))
 
 # %% ../../nbs/models/06_surgery.ipynb #sur1se1
 @dataclass

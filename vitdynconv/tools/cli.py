@@ -165,7 +165,9 @@ def exit_on_error(
         exit_with_message(command, *answer)
 
 # %% ../../nbs/tools/03_cli.ipynb #checked0
-def checked(command: str): return exit_on_error(command)
+def checked(command: str):
+    "`exit_on_error` for the part of a command that checks its arguments."
+    return exit_on_error(command)
 
 # %% ../../nbs/tools/03_cli.ipynb #cliopti1
 class Option(NamedTuple):

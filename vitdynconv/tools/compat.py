@@ -65,7 +65,7 @@ def swin_attention(block, x):
     return block._attn(x)
 
 def add_position(vit, x):
-    "Position and class token of a timm vision Transformer, added to its patches."
+    "Position and class token of `vit`, a timm vision Transformer, added to its patches."
     return vit._pos_embed(x)
 
 # %% ../../nbs/tools/02_compat.ipynb #compat14
@@ -90,18 +90,18 @@ def private_hooks(
     return cls
 
 # %% ../../nbs/tools/02_compat.ipynb #compat17
-def set_hyper(optimizer, name, values):
-    "One hyperparameter of a fastai optimizer, a value per parameter group."
+def set_hyper(optimizer, name: str, values: list):
+    "Set the hyperparameter `name` of a fastai optimizer: one value for each parameter group."
     optimizer._set_hyper(name, values)
 
 def update_schedule(scheduler, fraction):
-    "Set what a `ParamScheduler` schedules to the values at `fraction` of the training."
+    "Set what `scheduler`, a `ParamScheduler`, schedules to the values at `fraction` of the training."
     scheduler._update_val(fraction)
 
 def run_epoch(learner, cancelled):
-    "One epoch of a Learner between its events; `cancelled` is the exception that ends it early."
+    "One epoch of `learner`, a Learner, between its events; `cancelled` is the exception that ends it early."
     learner._with_events(learner._do_epoch, 'epoch', cancelled)
 
 def move_batch(learner, batch):
-    "A batch on the Learner's device, as fastai moves it."
+    "`batch` on the device of `learner`, as fastai moves it."
     return learner._set_device(batch)

@@ -13,12 +13,12 @@ import tempfile
 from pathlib import Path
 from ..tools.cli import check_choice, command
 from ..tools.files import check_target
-from .prediction import load_run
+from .prediction import LoadedRun, load_run
 
 # %% ../../nbs/train/08_export.ipynb #274bbdde
 TOLERANCE = 1e-3  # of logits, relative to the largest: another runtime adds in another order
 
-def example_images(run, count=3):
+def example_images(run: LoadedRun, count=3):
     "Noise of the size that the network expects: Tensor (count, channels, size, size)."
     import torch
     size = run.transform.settings['input_size']
@@ -39,20 +39,20 @@ def check_same(
             raise ValueError(f'the exported network differs from the original by {largest:.2g}: nothing is written')
 
 # %% ../../nbs/train/08_export.ipynb #751bd3b8
-def described(run) -> dict: # text -> text
+def described(run: LoadedRun) -> dict: # text -> text
     "What travels with a graph."
     settings = run.transform.settings
     names = ('input_size', 'interpolation', 'crop_pct', 'mean', 'std')
     about = {name: json.dumps(settings[name]) for name in names}
     return about | dict(classes=json.dumps(run.classes))
 
-def torch_program(run):
+def torch_program(run: LoadedRun):
     "A `torch.export` program with a free batch size."
     import torch
     batch = torch.export.Dim('batch', min=1)
     return torch.export.export(run.model, (example_images(run, 2),), dynamic_shapes=({0: batch},))
 
-def export_torch(run, path: Path):
+def export_torch(run: LoadedRun, path: Path):
     "Write a program that `torch.export.load` reads; class names and settings are in its file `about.json`."
     import torch
     torch.export.save(torch_program(run), path, extra_files={'about.json': json.dumps(described(run))})
@@ -66,7 +66,7 @@ def onnx_session(path: Path):
     session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     return lambda images: from_numpy(session.run(None, {'images': images.numpy()})[0])
 
-def export_onnx(run, path: Path):
+def export_onnx(run: LoadedRun, path: Path):
     "Write an ONNX graph with a free batch size, from `images` to `logits`."
     import onnx
     import torch
@@ -80,7 +80,7 @@ def export_onnx(run, path: Path):
     check_same(run, onnx_session(path))
 
 # %% ../../nbs/train/08_export.ipynb #cd7c16b4
-def timm_network(run) -> tuple: # (network, its name in timm, arguments of `timm.create_model`)
+def timm_network(run: LoadedRun) -> tuple: # (network, its name in timm, arguments of `timm.create_model`)
     "The network by which timm knows it."
     from vitdynconv.models import to_timm
     recipe = run.recipe
@@ -106,7 +106,7 @@ def same_in_timm(network, name: str, settings: dict) -> tuple:
     return known.eval(), name, settings
 
 # %% ../../nbs/train/08_export.ipynb #b67dfa3d
-def export_timm(run, path: Path):
+def export_timm(run: LoadedRun, path: Path):
     "Write weights for `timm.create_model(NAME, checkpoint_path=FILE, ...)`; the header names both."
     import safetensors.torch
     import timm
@@ -118,7 +118,7 @@ def export_timm(run, path: Path):
     check_same(run, timm.create_model(name, checkpoint_path=str(path), **settings).eval())
 
 # %% ../../nbs/train/08_export.ipynb #3df73940
-def export_hf(run, path: Path):
+def export_hf(run: LoadedRun, path: Path):
     "Write a folder for `timm.create_model('local-dir:FOLDER')`, or for the hub."
     import timm
     from timm.models import save_for_hf

@@ -131,7 +131,10 @@ def pictures_of(
     return found
 
 # %% ../../nbs/train/07_prediction.ipynb #3e67052d
-def opened(source, transform):
+def opened(
+    source,                      # path, or PIL image
+    transform: PictureTransform,
+):                               # Tensor (channels, size, size), or None
     "The input of one picture; None if it cannot be read."
     from PIL import Image
     from vitdynconv.data.images import UNREADABLE
@@ -166,7 +169,7 @@ def probabilities(
     return logits.float().softmax(dim=-1).cpu()
 
 def ranked(run: LoadedRun, name: str, chances, top: int) -> Prediction:
-    "The likeliest classes of one picture."
+    "The `top` likeliest classes of one picture, from `chances`: Tensor (classes)."
     values, numbers = chances.topk(top)
     return Prediction(name, [run.classes[number] for number in numbers.tolist()], values.tolist())
 

@@ -43,7 +43,7 @@ def headline(
 class BestWeights(Callback):
     "`best.safetensors` after each epoch that is the best so far."
     order = 76  # after `Checkpoints`
-    def __init__(self, folder, record): self.folder, self.record = Path(folder), record
+    def __init__(self, folder, record: dict): self.folder, self.record = Path(folder), record
     def after_epoch(self):
         history = list(self.learn.history)
         if rank_distrib() or not history or not self.recorder.train_loss.count: return
@@ -66,7 +66,13 @@ def refuse_changed_data(record: dict, dls, folder, changed_data=False):
     if not changed_data: raise ValueError(f'{words}; if that is meant to be so, add --changed_data')
     if not rank_distrib(): print(words, flush=True)
 
-def watchers(recipe, folder, record, log, log_every) -> list: # of callbacks
+def watchers(
+    recipe,
+    folder,
+    record: dict,   # `record_of` the run
+    log: list,      # names of `TRACKERS`
+    log_every: int, # steps between two lines of the log
+) -> list:          # of callbacks
     "Everything that writes down, saves, and stops a run that makes no sense."
     writers = [partial(save_rows, csv=folder/'history.csv'), partial(plot_history, path=folder/'curves.png')]
     if not rank_distrib(): writers += [TRACKERS[name](folder, recipe) for name in log]
