@@ -12,7 +12,7 @@ config.read(ROOT/"settings.ini", encoding="utf-8")
 CONFIG = config["DEFAULT"]
 SCRIPTS = dict(script.split("=") for script in CONFIG["console_scripts"].split())
 MODULES = sorted(".".join(p.relative_to(ROOT/"vitdynconv").with_suffix("").parts) for p in (ROOT/"vitdynconv").rglob("*.py") if not p.stem.startswith("_"))
-DERIVATION = "conv equivalence activations position selection attention depthwise dynconv framework proofs".split()
+DERIVATION = [name for name in MODULES if name.startswith(("layers.", "framework."))]
 
 
 def python(code):
@@ -74,8 +74,8 @@ def test_every_command_can_be_imported(script):
 
 @pytest.fixture(scope="module")
 def loaded():
-    "What is loaded after importing `attention`, then the rest of the derivation, then all of it, in one process without a network."
-    stages = [["attention"], [m for m in DERIVATION if m in MODULES], MODULES]
+    "What is loaded after importing `layers.attention`, then the rest of the derivation, then all of it, in one process without a network."
+    stages = [["layers.attention"], DERIVATION, MODULES]
     done = python(f"""
 import sys, json, importlib
 def no_network(event, args):

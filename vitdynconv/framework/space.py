@@ -51,72 +51,62 @@ class Rule(NamedTuple):
 
 RULES: list[Rule] = []
 
-def rule(
-    excludes: Callable, # of a `KernelSpec`: bool; its docstring is the reason
-) -> Callable:          # the same function
-    "Decorator: enter a function into the rules."
-    reason = ' '.join(excludes.__doc__.split())
-    RULES.append(Rule(excludes.__name__, reason, excludes))
-    return excludes
+def rule(reason: str) -> Callable:
+    "Decorator: enter a function of a specification into the rules. The reason becomes its docstring."
+    def enter(excludes):
+        excludes.__doc__ = reason
+        RULES.append(Rule(excludes.__name__, reason, excludes))
+        return excludes
+    return enter
 
 # %% ../../nbs/framework/03_space.ipynb #ddded696
-@rule
+@rule('kernels are selected from a bank: without a bank there is nothing to select, and with one there must '
+      'be a rule')
 def selection_without_bank(spec: KernelSpec) -> bool:
-    """kernels are selected from a bank: without a bank there is nothing to select, and with one there must
-    be a rule"""
     return (spec.bank == 'none') != (spec.selection == 'none')
 
-@rule
+@rule('the N kernels of a pair are those of N positions, and a position without a bank has only its own')
 def pair_without_bank(spec: KernelSpec) -> bool:
-    "the N kernels of a pair are those of N positions, and a position without a bank has only its own"
     return spec.bank == 'none' and spec.kernel_type == 'pair'
 
-@rule
+@rule('static kernels that no image mixes are a static convolution, and they were made at no position, so '
+      'no window holds them')
 def static_and_hard(spec: KernelSpec) -> bool:
-    """static kernels that no image mixes are a static convolution, and they were made at no position, so
-    no window holds them"""
     return spec.bank == 'static' and spec.selection != 'soft'
 
-@rule
+@rule('two mixed static convolutions with an activation between them are two mixers (static, soft, dense), '
+      'not one')
 def static_pair(spec: KernelSpec) -> bool:
-    """two mixed static convolutions with an activation between them are two mixers (static, soft, dense),
-    not one"""
     return spec.bank == 'static' and spec.kernel_type == 'pair'
 
-@rule
+@rule('an activation stands between the two convolutions of a pair, and nowhere else')
 def activation_without_pair(spec: KernelSpec) -> bool:
-    "an activation stands between the two convolutions of a pair, and nowhere else"
     return (spec.kernel_type == 'pair') != (spec.activation is not None)
 
 # %% ../../nbs/framework/03_space.ipynb #8741adbf
-@rule
+@rule('a relative bias belongs to a position and the position of a kernel, and these kernels come from no '
+      'other position')
 def bias_without_dynamic_bank(spec: KernelSpec) -> bool:
-    """a relative bias belongs to a position and the position of a kernel, and these kernels come from no
-    other position"""
     return spec.position == 'rel' and spec.bank != 'dynamic'
 
-@rule
+@rule('a relative bias belongs to a position and the position of a kernel, and a mixture of kernels has no '
+      'position')
 def bias_of_mixtures(spec: KernelSpec) -> bool:
-    """a relative bias belongs to a position and the position of a kernel, and a mixture of kernels has no
-    position"""
     return spec.position == 'rel' and spec.selection == 'soft'
 
-@rule
+@rule('the kernels were merged into one before they meet the map: no single kernel has a weight to which a '
+      'bias could be added')
 def bias_of_dense(spec: KernelSpec) -> bool:
-    """the kernels were merged into one before they meet the map: no single kernel has a weight to which a
-    bias could be added"""
     return spec.position == 'rel' and spec.kernel_type == 'dense'
 
-@rule
+@rule('Eq. 5 adds up kernels in place of values, one vector for each position, and a k x k filter is not '
+      'one vector')
 def bias_of_large_depthwise(spec: KernelSpec) -> bool:
-    """Eq. 5 adds up kernels in place of values, one vector for each position, and a k x k filter is not
-    one vector"""
     return spec.position == 'rel' and spec.kernel_type == 'depthwise' and spec.kernel_size > 1
 
-@rule
+@rule('the best kernels are found by their answers, and kernels that are merged before they meet the map '
+      'give no answers of their own')
 def best_of_merged(spec: KernelSpec) -> bool:
-    """the best kernels are found by their answers, and kernels that are merged before they meet the map
-    give no answers of their own"""
     single = spec.kernel_type == 'dense' or (spec.kernel_type == 'depthwise' and spec.kernel_size > 1)
     return spec.selection == 'topk' and single
 
@@ -305,7 +295,14 @@ def definition_of_mixer(
     return reference.generated_conv(x, state, size, pool)
 
 # %% ../../nbs/framework/03_space.ipynb #3ea23998
-def definition_of_tokens(spec: KernelSpec, mixer: nn.Module, x: np.ndarray, state: dict, heads: int, grid: tuple) -> np.ndarray:
+def definition_of_tokens(
+    spec: KernelSpec,
+    mixer: nn.Module,
+    x: np.ndarray,    # (b, n, c)
+    state: dict,      # its weights, as arrays
+    heads: int,
+    grid: tuple,      # height and width of the map
+) -> np.ndarray:      # (b, n, c)
     "The same for mixers of tokens (b, n, c)."
     mask = definition_of_mask(spec, mixer, grid)
     if spec.kernel_type == 'depthwise': return reference.depthwise_mixer(x, state, heads, grid, mask=mask)
