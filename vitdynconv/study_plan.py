@@ -136,7 +136,9 @@ def read_description(
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{file} does not describe a study; choose another --out') from None
 
-def in_short(value) -> str:
+def in_short(
+    value, # of one setting
+) -> str:
     "A setting in a message; the rows as their number."
     if not isinstance(value, list): return str(value)
     if not value or not isinstance(value[0], dict): return str(value)

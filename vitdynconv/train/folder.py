@@ -47,8 +47,8 @@ def remove_start(folder):
     for path in folder.iterdir():
         if path.name.startswith(START_FILES): path.unlink()
 
-def open_run(folder, recipe, record) -> RunLock:
-    "Make the folder of a run, with its recipe and its lock, in one step."
+def open_run(folder, recipe, record: dict) -> RunLock:
+    "Make the folder of a run, with its recipe, its record and its lock, in one step."
     beside = folder.with_name(f'.{folder.name}.new')
     beside.mkdir(parents=True, exist_ok=True)       # one that is there was left by a start that was killed
     lock = RunLock(beside)
