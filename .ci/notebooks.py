@@ -40,6 +40,20 @@ def write(path, text):
     os.replace(part, path)
 
 
+def hide_places(nb):
+    "Temporary folders have another name in each run and on each machine: in outputs they are called FOLDER."
+    place = re.escape(tempfile.gettempdir().rstrip(os.sep)) + r"/tmp\w+"
+    def renamed(value):
+        if isinstance(value, str): return re.sub(place, "FOLDER", value)
+        if isinstance(value, list): return [renamed(part) for part in value]
+        return value
+    for cell in nb["cells"]:
+        for output in cell.get("outputs", []):
+            if "text" in output: output["text"] = renamed(output["text"])
+            for kind, value in output.get("data", {}).items():
+                if kind.startswith("text/"): output["data"][kind] = renamed(value)
+
+
 def run_one(path):
     "Run a notebook from a clean kernel; flagged cells keep the outputs they have."
     import nbformat
@@ -55,6 +69,7 @@ def run_one(path):
            extra_arguments=["--IPKernelApp.log_level=ERROR"], resources={"metadata": {"path": str(path.parent)}}).execute()
     nb = json.loads(nbformat.writes(nb))
     nb["metadata"].pop("widgets", None)  # sliders without a kernel; the client needs their state only while it runs
+    hide_places(nb)
     clean_nb(nb)
     write(path, nb2str(nb))
 

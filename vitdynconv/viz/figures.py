@@ -320,7 +320,7 @@ def draw_card(
     line: str,    # below it
 ) -> Sheet:       # 12 x 6.3 inches, the shape that sites expect of a card
     "A card for links: a title, a line and a picture."
-    with io.BytesIO(sheet.png(200, 'white')) as file: pixels = np.array(Image.open(file).convert('RGB')) / 255
+    with io.BytesIO(sheet.png(200, 'white')) as file: pixels = np.array(Image.open(file).convert('RGBA').convert('RGB')) / 255
     picture = torch.tensor(pixels)
     high = 6.1
     wide = high * picture.shape[1] / picture.shape[0]
