@@ -512,7 +512,7 @@ def test_averaged_weights_copy_buffers(layer_decay):
     learn = digits_learner(Cool(), model=Routed(), ema=True, ema_decay=0.99, layer_decay=layer_decay)
     learn.fit(1)
     average = learn.weight_average.average.module
-    assert float(learn.model.conv.temperature) < 3 and torch.equal(average.conv.temperature, learn.model.conv.temperature)
+    assert learn.model.conv.temperature < 3 and average.conv.temperature == learn.model.conv.temperature
     for name, buffer in learn.model.named_buffers(): assert torch.equal(average.get_buffer(name), buffer), name
     assert not torch.equal(average.conv.weight, learn.model.conv.weight)
 

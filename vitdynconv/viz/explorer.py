@@ -46,7 +46,7 @@ def draw_choices(
     check_position(position, head, grid, len(logits))
     h, w = grid
     row, column = position
-    i, cell, wide = row * w + column, photo.shape[2] // h, .67 * PANEL
+    i, cell, wide = row * w + column, photo.shape[2] // h, .6 * PANEL
     high = wide * photo.shape[2] / photo.shape[3]
     pitch, block = wide + .12, 2 * high + .5
     answers = logits[head, i]
