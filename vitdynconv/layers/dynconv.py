@@ -308,7 +308,7 @@ class LocalConv(torch.autograd.Function):
     "`sum_over_taps` with its gradients written out, each tap adding into its slice in place."
     @staticmethod
     def forward(x, kernels, windows):
-        y = torch.zeros_like(x[windows[0]], dtype=torch.result_type(x, kernels))
+        y = torch.zeros_like(x[windows[0]], dtype=torch.promote_types(x.dtype, kernels.dtype))
         for tap, window in enumerate(windows): y.addcmul_(kernels[:, :, tap, None], x[window])
         return y
 
