@@ -19,7 +19,10 @@ def class_signature(
     "The fields of a named tuple with their comments; of another class what it derives from."
     bases = [base.__name__ for base in cls.__bases__ if base is not object]
     if not hasattr(cls, '_fields'): return f'class {cls.__name__}({", ".join(bases)})'
-    lines = [match[0] for match in map(FIELD.match, inspect.getsource(cls).splitlines()) if match]
+    try: source = inspect.getsource(cls).splitlines()
+    except (OSError, TypeError): source = []           # where the source cannot be found
+    lines = [match[0] for match in map(FIELD.match, source) if match]
+    if not lines: lines = [f'    {name}' for name in cls._fields]
     return '\n'.join([f'class {cls.__name__}(NamedTuple):', *lines])
 
 # %% ../../nbs/tools/04_signatures.ipynb #sign0009
