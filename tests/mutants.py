@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant("mathematics", "router by maximum", DYN, "self.router(x.flatten(2).mean(2))", "self.router(x.flatten(2).amax(2))", CONVS),
     Mutant("mathematics", "router without ReLU", DYN, "hidden), nn.ReLU(), nn.Linear(hidden", "hidden), nn.Identity(), nn.Linear(hidden", CONVS),
     Mutant("mathematics", "temperature multiplies", DYN, "(scores * MILLION / self.temperature_millionths)", "(scores * self.temperature_millionths / MILLION)", CONVS),
-    Mutant("mathematics", "bias of the bank not mixed", DYN, "None if self.bias is None else p @ self.bias,", "None if self.bias is None else self.bias.mean(0).expand(len(x), -1),", CONVS),
+    Mutant("mathematics", "bias of the bank not mixed", DYN, "None if self.bias is None else p @ self.bias\n", "None if self.bias is None else self.bias.mean(0).expand(len(x), -1)\n", CONVS),
     Mutant("mathematics", "stride by mean pooling", DYN, "[self.ndim - 1](1, self.stride)", "[self.ndim - 1](self.stride, self.stride, ceil_mode=True)", CONVS),
     Mutant("framework", "every activation 'softmax'", "framework/probe.py", "return getattr(own, 'name', own)", "return 'softmax'", "layers/test_framework.py activation_and_position"),
     Mutant("framework", "neighborhoods are windows", "framework/probe.py", "return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)", "return False", "layers/test_framework.py told_apart"),
