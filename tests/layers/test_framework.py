@@ -26,7 +26,7 @@ from vitdynconv.framework import reference
 from vitdynconv.framework.commands import vdc_equiv
 from vitdynconv.framework.probe import CutMixer, describe, table1
 from vitdynconv.framework.proofs import all_proofs, equivalence_table
-from vitdynconv.framework.space import RULES, SPACE, against_definition, build, design_space, why_not
+from vitdynconv.framework.space import RULES, against_definition, build, design_space, why_not
 from vitdynconv.framework.spec import KernelSpec, generator_weights
 from vitdynconv.layers.selection import SELECTIONS, NeighborhoodKernels, ProjectedKernels, TopKernels
 

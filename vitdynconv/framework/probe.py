@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ACTIVATION_SLOTS', 'COLUMNS', 'CutMixer', 'in_channels', 'own_activation', 'replace_output', 'constant', 'Probe',
-           'is_nonzero', 'rank', 'position_of', 'describe_mixer', 'wide_enough', 'block_around', 'inputs_of',
-           'uses_pos_embed', 'image_size', 'grid_of', 'example_input', 'describe', 'five_networks', 'table1']
+           'is_nonzero', 'rank', 'own_rule', 'position_of', 'describe_mixer', 'wide_enough', 'block_around',
+           'inputs_of', 'uses_pos_embed', 'image_size', 'grid_of', 'example_input', 'describe', 'five_networks',
+           'table1']
 
 # %% ../../nbs/framework/01_probe.ipynb #62d91b27
 import copy
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+import numpy as np
 import torch
 from fastcore.basics import patch
 from timm.layers import Attention
@@ -23,7 +25,7 @@ from .spec import NO_KERNELS, KernelSpec, find_mixers, generators
 from ..layers.activations import Activation, create_activation
 from ..layers.attention import DynamicConvAttention
 from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
-from ..layers.selection import ProjectedKernels
+from ..layers.selection import Selection, ProjectedKernels
 from ..tools.compat import HOOKS
 
 # %% ../../nbs/framework/01_probe.ipynb #cec10b5c
@@ -344,12 +346,35 @@ def count_mixtures(self: Probe) -> int:
         if full: break                  # more outputs would add nothing
     return rank(torch.stack(rows))
 
+# %% ../../nbs/framework/01_probe.ipynb #62feb773
+def own_rule(mixer: nn.Module) -> Selection | None:
+    "The hard selection of the registry that a mixer holds, if Table 1 does not have it."
+    rules = [m for m in mixer.modules() if isinstance(m, Selection)]
+    return next((rule for rule in rules if rule.hard and rule.name not in ('all', 'window')), None)
+
+@patch
+def confirmed_rule(self: Probe) -> str | None:
+    "The name of the mixer's own rule, if the kernels that were found are those of the rule's reference."
+    rule = own_rule(self.cut.mixer)
+    if rule is None: return None
+    if rule.looks_at_answers: return rule.name if self.follows_query() else None
+    p = rule.num_prefix_tokens
+    expected = np.pad(rule.reference(rule.grid_size), (p, 0), constant_values=True)
+    found = self.selected()
+    if len(expected) != len(found): return None
+    chosen = torch.from_numpy(expected[self.position])
+    # the taps of a larger kernel reach beyond the chosen ones
+    agrees = torch.equal(found, chosen) if self.reach() == 1 else bool(found[chosen].all())
+    return rule.name if agrees else None
+
 # %% ../../nbs/framework/01_probe.ipynb #9c595e1c
 @patch
 def bank(self: Probe) -> tuple[str, str, int | None]: # bank, selection, number of kernels
     "The bank and how kernels are selected from it."
     mine = self.selected()
     number = int(max(s.sum() for s in [mine, *self.other_sets()]))
+    named = self.confirmed_rule()
+    if named: return 'dynamic', named, number
     if self.follows_query(): return 'dynamic', 'topk', number
     if not self.has_bank(): return 'none', 'none', None
     if self.is_bounded(): return 'static', 'soft', self.count_bank()

@@ -21,7 +21,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
 from torch.func import functional_call
 from . import reference
-from .space import REGISTERED, Windowed
+from .space import Windowed, further_selections
 from ..layers.activations import ACTIVATIONS, create_activation
 from ..layers.attention import DynamicConvAttention
 from ..layers.conv import to_map, to_tokens
@@ -318,7 +318,7 @@ def selection_case(dtype, name: str, mixer: type) -> Comparison:
     "A mixer with a hard selection of the registry, against the definition with its mask"
     grid = 4, 5
     ours = prepared(mixer(24, 3, pos='rel', grid_size=grid, selection=name), dtype)
-    mask = reference.selection_mask(name, ours.selection, grid)
+    mask = reference.selection_mask(ours.selection, grid)
 
     def definition(x, state):
         if mixer is DepthwiseSelfAttention: return reference.depthwise_mixer(x, state, 3, grid, mask=mask)
@@ -331,7 +331,7 @@ def selection_proofs() -> list[Proof]:
     "Two for each hard selection in the registry that Table 1 does not have."
     mixers = {'attention': DynamicConvAttention, 'depth-wise': DepthwiseSelfAttention}
     proofs = []
-    for name in REGISTERED:
+    for name in further_selections():
         for kind, mixer in mixers.items():
             proofs.append(Proof('selection', f'{name}, {kind}', 'mask in NumPy',
                                 partial(selection_case, name=name, mixer=mixer)))

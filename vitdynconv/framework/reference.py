@@ -6,8 +6,7 @@
 __all__ = ['slope', 'unit_direction', 'difference_from_reference', 'parameter_names', 'formula_of', 'attention', 'relative_bias',
            'depthwise_attention', 'linear', 'split_heads', 'join_heads', 'mix_kernels', 'bias_of', 'attention_mixer',
            'depthwise_mixer', 'patches', 'convolve', 'router', 'dynamic_conv', 'block_means', 'pooled', 'generated',
-           'batch_norm', 'dynamic_depthwise_conv', 'generated_conv', 'kernel_attention', 'neighborhood_mask',
-           'topk_mask', 'selection_mask']
+           'batch_norm', 'dynamic_depthwise_conv', 'generated_conv', 'kernel_attention', 'selection_mask']
 
 # %% ../../nbs/framework/02_reference.ipynb #335213d7
 import math
@@ -16,6 +15,7 @@ from inspect import signature
 import numpy as np
 import torch
 from torch import nn, Tensor
+from ..layers.selection import Selection
 from ..tools.testing import Difference
 
 # %% ../../nbs/framework/02_reference.ipynb #6493b826
@@ -347,30 +347,11 @@ def kernel_attention(
         images.append(np.moveaxis(linear(np.moveaxis(y, 0, 2), state, 'out'), 2, 0))
     return np.stack(images)
 
-# %% ../../nbs/framework/02_reference.ipynb #432fada3
-def neighborhood_mask(grid: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    "(n, n) bool: the kh x kw positions around each one, moved inwards at the border (arXiv 2204.07143)."
-    def axis(n, k):
-        first = [min(max(i - k // 2, 0), n - k) for i in range(n)]
-        return np.array([[first[i] <= j < first[i] + k for j in range(n)] for i in range(n)])
-
-    return np.kron(axis(grid[0], size[0]), axis(grid[1], size[1])).astype(bool)
-
-def topk_mask(logits: np.ndarray, k: int) -> np.ndarray:
-    "(..., n, m) bool: the k kernels with the largest answers (arXiv 2106.00515)."
-    order = np.argsort(-logits.real, -1)[..., :k]
-    mask = np.zeros(logits.shape, bool)
-    np.put_along_axis(mask, order, True, -1)
-    return mask
-
 # %% ../../nbs/framework/02_reference.ipynb #008b488a
 def selection_mask(
-    name: str,         # in `SELECTIONS`
-    selection,         # the object: says its size, nothing else
+    selection: Selection,  # its `reference` is asked, nothing else
     grid: tuple[int, int],
-):                     # (n, n) bool, or a function of the logits
-    "The mask of a hard selection of the registry."
-    if name == 'neighborhood': return neighborhood_mask(grid, (selection.kernel_size,) * 2)
-    if name == 'topk': return lambda logits: topk_mask(logits, selection.count(math.prod(grid)))
-    nothing = torch.zeros(1, 1, math.prod(grid), 1)
-    return np.broadcast_to(selection(nothing, nothing, nothing)[2][0, 0], (math.prod(grid),) * 2)
+) -> np.ndarray | Callable: # (n, n) bool, or a function of the logits
+    "The mask of a hard selection of the registry, in NumPy."
+    if not selection.looks_at_answers: return selection.reference(grid)
+    return lambda logits: selection.reference(grid, logits)

@@ -11,6 +11,7 @@ __all__ = ['SELECTIONS', 'SHARING', 'register_selection', 'Selection', 'with_pre
 import inspect
 import math
 from difflib import get_close_matches
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -39,7 +40,9 @@ class Selection(nn.Module):
     `forward` (soft, or hard by looking at the data)."""
     hard = True          # True: kernels are chosen; False: new kernels are mixed from all
     needs_grid = True    # does the rule ask where on the map a kernel stands?
+    looks_at_answers = False # does it ask what the kernels answer, q.k?
     words = 'Hard (all)' # in Table 1
+    example = {}         # options with which it leaves something out on a map of 4 x 4, for proofs and tables
 
     def __init__(self,
         grid_size: int | tuple[int, int] | None = None, # height and width of the map that the tokens lie on
@@ -53,6 +56,11 @@ class Selection(nn.Module):
     def mask(self, h: int, w: int, device=None) -> Tensor:
         "(h*w, h*w) bool, True at (i, j) if position i selects kernel j"
         raise NotImplementedError(f'{type(self).__name__} says neither mask nor forward')
+
+    def reference(self, grid: tuple[int, int], answers: np.ndarray | None = None) -> np.ndarray:
+        """Bool, (n, n) or the shape of `answers`, (..., n, m): what a hard rule selects, in plain NumPy, by
+        code that shares nothing with `mask` and `forward`."""
+        raise NotImplementedError(f'{type(self).__name__} has no reference to be judged by; give it one')
 
     def fit(self, h: int, w: int) -> 'Selection':
         "The rule as it applies to a map of this size"
@@ -152,6 +160,10 @@ class AllKernels(Selection):
     def mask(self, h: int, w: int, device=None) -> Tensor:
         "(h*w, h*w) bool: all True"
         return torch.ones(h * w, h * w, dtype=torch.bool, device=device)
+
+    def reference(self, grid: tuple[int, int], answers: np.ndarray | None = None) -> np.ndarray:
+        "(n, n) bool: all True"
+        return np.full((grid[0] * grid[1],) * 2, True)
 
     def forward(self, q, k, v, mask=None):
         "Keys, values and mask as they are"
@@ -422,6 +434,7 @@ class NeighborhoodKernels(Selection):
     """The k x k kernels around each position, moved inwards at the edges of the map (NATTEN, arXiv
     2204.07143)."""
     words = 'Hard (local)'
+    example = dict(kernel_size=3)
 
     def __init__(self,
         # k, odd; None: 7, or the largest odd number below the sides of the map
@@ -449,6 +462,7 @@ def largest_odd(n: int) -> int:
     "The largest odd number that is at most n, and at least 1."
     return max(1, n if n % 2 else n - 1)
 
+# %% ../../nbs/layers/04_selection.ipynb #fa9be873
 @patch
 def check(self: NeighborhoodKernels, grid_size: tuple[int, int]) -> None:
     "ValueError if k is even, or wider than the map."
@@ -458,6 +472,7 @@ def check(self: NeighborhoodKernels, grid_size: tuple[int, int]) -> None:
         raise ValueError(f'kernel_size={k} makes no neighborhood on a map of {grid_size[0]} x '
                          f'{grid_size[1]}; choose an odd number from 1 to {largest_odd(side)}')
 
+# %% ../../nbs/layers/04_selection.ipynb #f164bee9
 @patch
 def mask(self: NeighborhoodKernels, h: int, w: int, device=None) -> Tensor:
     "(h*w, h*w) bool: True at (i, j) if j is among the k x k positions around i"
@@ -467,6 +482,19 @@ def mask(self: NeighborhoodKernels, h: int, w: int, device=None) -> Tensor:
     both = rows[:, None, :, None] & columns[None, :, None, :]            # (h, w, h, w)
     return both.reshape(h * w, h * w)
 
+# %% ../../nbs/layers/04_selection.ipynb #7ef4daff
+@patch
+def reference(self: NeighborhoodKernels, grid: tuple[int, int], answers=None) -> np.ndarray:
+    "(n, n) bool: the k x k positions around each one, moved inwards at the border"
+    def axis(n: int) -> np.ndarray:
+        selects = np.zeros((n, n), bool)
+        for i in range(n):
+            first = min(max(i - self.kernel_size // 2, 0), n - self.kernel_size)
+            selects[i, first:first + self.kernel_size] = True
+        return selects
+
+    return np.kron(axis(grid[0]), axis(grid[1]))
+
 # %% ../../nbs/layers/04_selection.ipynb #topk0003
 @register_selection('topk')
 class TopKernels(Selection):
@@ -474,6 +502,8 @@ class TopKernels(Selection):
     kernels; the choice itself has none."""
     words = 'Hard (best k)'
     needs_grid = False
+    looks_at_answers = True
+    example = dict(k=3)
 
     def __init__(self,
         # how many (2, 3.0), or which share of the bank (.5, up to 1.0)
@@ -522,3 +552,12 @@ def forward(self: TopKernels,
         # `True` alone breaks a trace
         chosen = chosen.scatter(-1, first, torch.ones_like(first, dtype=torch.bool))
     return k, v, chosen if mask is None else chosen & mask
+
+# %% ../../nbs/layers/04_selection.ipynb #ef964337
+@patch
+def reference(self: TopKernels, grid: tuple[int, int], answers: np.ndarray) -> np.ndarray:
+    "(..., n, m) bool: the k kernels with the largest answers"
+    order = np.argsort(-answers.real, -1, kind='stable')[..., :self.count(answers.shape[-1])]
+    chosen = np.zeros(answers.shape, bool)
+    np.put_along_axis(chosen, order, True, -1)
+    return chosen
