@@ -71,12 +71,20 @@ class Place:
     grid: tuple[int, int] | None  # (H, W) of the tokens that it sees at once; None: not known
     num_prefix_tokens: int = 0    # class and register tokens in front of them
     map_grid: tuple[int, int] | None = None # (H, W) of the whole map, where the mixer sees windows of it
+    channels: int | None = None   # of a token, where the mixer does not tell
+    weight: Tensor | None = None  # of the block, where the mixer has none: says dtype and device
 
     @property
     def dim(self) -> int:
         "Channels of a token."
+        if self.channels is not None: return self.channels
         if isinstance(self.mixer, nn.Conv2d): return self.mixer.in_channels
         return layer_size(self.mixer.proj, f'{self.path}.proj')[1]
+
+    @property
+    def like(self) -> Tensor:
+        "A weight whose dtype and device a new mixer takes."
+        return next(self.mixer.parameters(), self.weight)
 
 # %% ../../nbs/models/01_adapter.ipynb #bb003fo
 ATTENTION = Attention, WindowAttention, DynamicConvAttention, DepthwiseSelfAttention  # what can be exchanged
@@ -299,6 +307,5 @@ def put_whole(self: Backbone, place: Place, mixer: nn.Module) -> None:
 @patch
 def put_conv(self: Backbone, place: Place, conv: nn.Module, static: bool) -> None:
     "Place a convolution of maps, between static convolutions if `static`."
-    like = next(place.mixer.parameters())
     mixer = ConvMixer(place.dim, conv, place.map_grid or place.grid, static, place.mixer.proj_drop.p)
-    self.put_whole(place, mixer.to(like).train(place.mixer.training))
+    self.put_whole(place, mixer.to(place.like).train(place.mixer.training))

@@ -7,7 +7,7 @@ __all__ = ['SYSTEMS', 'like_the_old', 'Linformer', 'DConv', 'constant_bank', 'DD
            'exchange', 'check_body']
 
 # %% ../../nbs/models/09_systems.ipynb #sys00im
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 import torch
 from torch import nn
 from ..fast.dispatch import accelerate
@@ -21,7 +21,7 @@ from .surgery import operate
 # %% ../../nbs/models/09_systems.ipynb #94ac00c9
 def like_the_old(mixer: nn.Module, place: Place) -> nn.Module:
     "A new mixer in dtype, device and mode of the one that it replaces."
-    return mixer.to(next(place.mixer.parameters())).train(place.mixer.training)
+    return mixer.to(place.like).train(place.mixer.training)
 
 # %% ../../nbs/models/09_systems.ipynb #94ac00cb
 @dataclass
@@ -42,7 +42,7 @@ class Linformer:
         k = min(self.num_kernels, grid[0] * grid[1] + prefix)
         heads = getattr(place.mixer, 'num_heads', 1)
         selection = ProjectedKernels(grid, k, heads, self.share, prefix)
-        whole = Place(place.path, place.mixer, grid, prefix, grid)
+        whole = replace(place, grid=grid, map_grid=grid)
         mixer, moved = backbone.make(whole, DynamicConvAttention, pos=None, num_kernels=k,
                                      activation=self.activation, selection=selection)
         backbone.put_whole(place, like_the_old(mixer, place))

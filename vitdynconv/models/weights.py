@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn, Tensor
-from .fitting import STEMS
+from .backbones import BACKBONES
 from .surgery import Settings, convert
 from ..tools.files import check_target, replacing
 
@@ -45,8 +45,8 @@ def sizes_in(
     sizes = dict(num_classes=0)
     for name in HEADS:
         if name in state: sizes['num_classes'] = len(state[name])
-    for name in STEMS:
-        if name in state and state[name].ndim == 4: sizes['in_chans'] = state[name].shape[1]
+    kernels = [w for w in state.values() if w.ndim == 4]    # the first one meets the image
+    if kernels: sizes['in_chans'] = kernels[0].shape[1]
     return sizes
 
 # %% ../../nbs/models/08_weights.ipynb #w003cl
@@ -55,7 +55,10 @@ def close_names(
     further: list = (), # names to look among, besides timm's
 ) -> list[str]:      # three that are close
     "Names that may have been meant: those that go on like it, then those that are spelled like it."
-    known = [*further, *timm.list_models(['vit_*', 'deit*', 'swin_*', 'convnext*'])]
+    known = [*further]
+    for cls in BACKBONES:
+        for module in (cls.theirs.__module__, *cls.modules):
+            known += timm.list_models(module=module.rpartition('.')[2])
     close = [n for n in known if n.startswith(name)] + get_close_matches(name, known, 3, 0)
     return list(dict.fromkeys(close))[:3]
 
