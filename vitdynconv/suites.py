@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CORES', 'LENGTHS', 'SYSTEMS', 'ROWS', 'Goal', 'same', 'head_by_head', 'as_convolutions', 'product_ways', 'core_sides',
-           'core_rows', 'core_comparisons', 'position_rows', 'model_goal', 'model_run', 'models_of', 'model_rows',
-           'system_rows', 'scaling_rows', 'draw_scaling', 'bare_steps', 'take_turns', 'in_rounds', 'learner_row',
-           'training_rows', 'data_rows']
+           'core_rows', 'core_comparisons', 'further_rows', 'position_rows', 'model_goal', 'model_run', 'models_of',
+           'model_rows', 'system_rows', 'scaling_rows', 'draw_scaling', 'bare_steps', 'take_turns', 'in_rounds',
+           'learner_row', 'training_rows', 'data_rows']
 
 # %% ../nbs/suites.ipynb #74c9dcae
 import re
@@ -27,7 +27,7 @@ from .timing import Limit, Row, Setting, compare, peak_mb, race
 from .fast.dispatch import dynamic_conv_attention, fast_depthwise_attention
 from .fast.relative_position import bias_product, relative_position
 from .fast.tiled import pointwise_attention
-from .layers.activations import create_activation
+from .layers.activations import ACTIVATIONS, create_activation
 from .layers.position import RelativePosition
 from .models import count, create_model
 from .models.paper import PAPER_BASES, TABLE3
@@ -131,6 +131,22 @@ def core_comparisons(taken: dict, held: dict, n: int, backward: bool, facts: dic
         goal = 1.02 if name == 'softmax' else 1.05
         yield compare(taken, name, fused, work=name + words, against=fused, goal=goal, memory_mb=held[name],
                       reference_mb=held[fused], **facts)
+
+# %% ../nbs/suites.ipynb #d0d2491e
+def further_rows(setting: Setting, n: int = 197) -> Iterator[Row]:
+    "Activations without a goal, on about 3,136 tokens: against fused softmax, forward."
+    shape = 3, max(1, 3136 // n), 6, n, 64
+    q, k, v = torch.randn(shape, generator=torch.Generator().manual_seed(n)).to(setting.device, setting.dtype)
+    fused = 'softmax, fused'
+    sides = {fused: lambda: F.scaled_dot_product_attention(q, k, v)}
+    for name in ACTIVATIONS:
+        if name == 'softmax' or name in CORES: continue
+        act = create_activation(name, num_kernels=n, head_dim=64).to(setting.device, setting.dtype)
+        sides[name] = partial(dynamic_conv_attention, q, k, v, act)
+    with torch.no_grad(): taken = race(sides, setting.device, setting.seconds)
+    for name in sides:
+        if name == fused: continue
+        yield compare(taken, name, fused, suite='core', work=name, against=fused, size=f'N = {n}')
 
 # %% ../nbs/suites.ipynb #18bb8370
 def position_rows(setting: Setting) -> Iterator[Row]:
@@ -378,7 +394,7 @@ def data_rows(setting: Setting) -> Iterator[Row]:
 
 # %% ../nbs/suites.ipynb #3bae1dd9
 ROWS = { # suite -> what gives its rows
-    'core': [core_rows, position_rows],
+    'core': [core_rows, further_rows, position_rows],
     'model': [model_rows],
     'systems': [system_rows],
     'scaling': [scaling_rows],

@@ -187,6 +187,7 @@ class WindowKernels(Selection):
     """Swin's rule: the kernels of the same window, and, where windows are shifted, of the same region in it
     (section 3.3)."""
     words = 'Hard (local)'
+    example = dict(window_size=2)
 
     def __init__(self,
         window_size: int | tuple[int, int] = 7, # height and width of a window

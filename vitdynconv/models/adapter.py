@@ -112,6 +112,7 @@ class Backbone:
     modules = ()                # further modules of timm that define models of this class
     bases = ()                  # names of timm's models that get an entry `vdc_NAME` in its registry
     bodies = ()                 # those that also get one for each other system
+    layer = ''                  # name of the mixer in a block, where it is a layer of maps
     blocks = ''                 # regular expression of the paths of blocks
     positions = (None,)         # what `pos` may be
     class_tokens = (None,)      # what `class_token` may be
@@ -148,9 +149,9 @@ class Backbone:
 
     def refusal(self, reason: str) -> ValueError:
         "The error for a model that cannot be converted."
-        return ValueError(f"{type(self.model).__name__} cannot be converted: {reason}; only timm's standard "
-                          "Attention, Swin's WindowAttention and ConvNeXt's depth-wise convolution can "
-                          "be exchanged")
+        layers = [f"{cls.theirs.__name__}'s {cls.layer}" for cls in BACKBONES if cls.layer]
+        return ValueError(f'{type(self.model).__name__} cannot be converted: {reason}; what can be exchanged '
+                          f"are timm's standard Attention, Swin's WindowAttention, {', '.join(layers)}")
 
     def place(self, path: str) -> Place:
         "Where the mixer at `path` stands."

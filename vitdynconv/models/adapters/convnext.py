@@ -79,7 +79,6 @@ class DynamicConvConvNeXt(ConvertedStages, ConvNeXt):
 # %% ../../../nbs/models/adapters/02_convnext.ipynb #bb015ad
 class MapBackbone(Backbone):
     "A body in stages, whose blocks mix positions by one layer of maps, (b, dim, H, W) to the same."
-    layer = ''         # its name in a block
     their_layer = None # its class in timm's model
     words = ''         # what it is, for messages
     blocks = r'stages\.\d+\.blocks\.\d+'
