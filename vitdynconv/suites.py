@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 import timm
 import torch
@@ -100,7 +101,8 @@ def core_sides(
     def step(name, run):
         y = run()
         return torch.autograd.grad(y, inputs.get(name, (q, k, v)), y.detach())
-    return [{name: partial(step, name, run) for name, run in some.items()} for some in (sides, ways)]
+    def with_steps(some): return {name: partial(step, name, run) for name, run in some.items()}
+    return with_steps(sides), with_steps(ways)
 
 def core_rows(setting: Setting) -> Iterator[Row]:
     "Attention between its projections, against the matrix products and against fused softmax."
@@ -124,8 +126,8 @@ def core_comparisons(taken: dict, held: dict, n: int, backward: bool, facts: dic
         core = CORES.get(name)
         if core is not None:
             bound = 1. if core.share is None else core.share * 64 / n
-            goal = (bound * (core.backward if backward else core.forward) if n > 49 or core.share is None
-                    else None)
+            times = core.backward if backward else core.forward
+            goal = bound * times if n > 49 or core.share is None else None
             yield compare(taken, name, Limit.name, work=name + words, against=Limit.name, bound=bound,
                           goal=goal, **facts)
         goal = 1.02 if name == 'softmax' else 1.05
@@ -204,8 +206,8 @@ def model_run(
 
 def models_of(base: str) -> dict:
     "timm's models of a base, and a row of Table 3 each: name -> model."
-    rows = [tuple(row[k] for k in ('base', 'activation', 'kernel', 'pos')) for row in TABLE3 if row['base']
-            == base]
+    which = itemgetter('base', 'activation', 'kernel', 'pos')
+    rows = [which(row) for row in TABLE3 if row['base'] == base]
     if base == 'deit_b': rows.append((base, 'scaling', 'depthwise', 'abs'))
     models = {'timm': timm.create_model(PAPER_BASES[base])}
     if base.startswith('deit'):
@@ -387,7 +389,7 @@ def data_rows(setting: Setting) -> Iterator[Row]:
             images = sum(len(batch[0]) for batch in loader)
             if images != 320: raise RuntimeError(f'an epoch of {images} images, not 320')
         taken = race(dict(ours=lambda: epoch(ours), timm=lambda: epoch(theirs)), 'cpu', setting.seconds)
-    taken = {name: [t / 320 for t in times] for name, times in taken.items()}
+    for name, times in taken.items(): taken[name] = [t / 320 for t in times]
     yield compare(taken, 'ours', 'timm', suite='data', work='loader, one image',
                   against="timm's create_loader",
                   size=f'224 x 224, {setting.workers} workers')

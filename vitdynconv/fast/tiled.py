@@ -98,7 +98,8 @@ def tile_memory(q: Tensor, m: int, cuts: list) -> Tensor:
 
 def zeros_to_add(t: Tensor | None) -> Tensor | None:
     "Zeros of the shape of `t`, float32 at least: a sum over tiles."
-    return None if t is None else torch.zeros_like(t, dtype=torch.float32 if t.dtype in HALF else t.dtype)
+    if t is None: return None
+    return torch.zeros_like(t, dtype=torch.float32 if t.dtype in HALF else t.dtype)
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     "`total += scale * a @ b`"

@@ -141,7 +141,8 @@ def check_values(name: str, values) -> None: # nothing: raises ValueError
     if wrong: raise ValueError(f'{name} cannot be {wrong[0]!r}; choose among {valid}')
 
 def design_space(
-    # dimension -> the values to enumerate, such as kernel_size=(1, 3, 5); all of `dimensions()` for those left out
+    # dimension -> the values to enumerate, such as kernel_size=(1, 3, 5); all of `dimensions()` for those
+    # left out
     **only,
 ) -> list[Cell]: # every combination
     """Enumerate bank x selection x type x size x activation x position. ValueError for an unknown dimension
@@ -249,7 +250,8 @@ def build_single(spec: KernelSpec, dim: int, grid: tuple[int, int]) -> nn.Module
     if depthwise: conv = DynamicDepthwiseConv2d(dim, k, per=per, reduction=None)
     else: conv = GeneratedConv2d(dim, k, per=per)
     if spec.selection == 'soft': conv.generator.pool = LearnedMean(grid)
-    if spec.selection in further_selections(): conv.generator.pool = SelectedMean(make_selection(spec.selection, grid))
+    if spec.selection in further_selections():
+        conv.generator.pool = SelectedMean(make_selection(spec.selection, grid))
     return conv
 
 # %% ../../nbs/framework/03_space.ipynb #2232dd91

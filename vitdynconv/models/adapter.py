@@ -161,8 +161,10 @@ class Backbone:
 BACKBONES: list[type[Backbone]] = []  # all adapters, a subclass in front of its parent
 
 def register_backbone(cls: type[Backbone]) -> type[Backbone]:
-    "Class decorator: enter an adapter into `BACKBONES`. ValueError for one that does not name a class of timm's."
-    if cls.theirs is None: raise ValueError(f"{cls.__name__} has no `theirs`; set it to the class of timm's models")
+    """Class decorator: enter an adapter into `BACKBONES`. ValueError for one that does not name a class of
+    timm's."""
+    if cls.theirs is None:
+        raise ValueError(f"{cls.__name__} has no `theirs`; set it to the class of timm's models")
     name = cls.__module__, cls.__qualname__
     BACKBONES[:] = [old for old in BACKBONES if (old.__module__, old.__qualname__) != name]
     parents = [i for i, other in enumerate(BACKBONES) if issubclass(cls, other)]

@@ -91,7 +91,9 @@ def with_decimals(
     digits: str,      # format of numbers, such as '.9f'
 ) -> list[dict]:
     "The same rows with numbers as text; nine decimals are enough for every single multiply-add."
-    return [{k: f'{v:{digits}}' if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    def text(value): return f'{value:{digits}}' if isinstance(value, float) else value
+
+    return [dict(zip(row, map(text, row.values()))) for row in rows]
 
 # %% ../../nbs/models/13_commands.ipynb #3751b411
 @command

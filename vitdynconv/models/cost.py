@@ -281,7 +281,7 @@ def head_names(
     head = model.get_classifier()
     heads = ([head] if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList)
              else list(head or ()))
-    return [name for name, m in model.named_modules() if any(m is h for h in heads)]
+    return [name for name, m in model.named_modules() if m in heads]
 
 # %% ../../nbs/models/11_cost.ipynb #9aa3d16e
 def image_size(

@@ -128,7 +128,7 @@ def head_names(model: nn.Module) -> tuple:
     "Paths of the classifiers of a model."
     heads = model.get_classifier()
     heads = heads if isinstance(heads, (tuple, list)) else (heads,)
-    return tuple(n for n, m in model.named_modules() if any(m is h for h in heads))
+    return tuple(n for n, m in model.named_modules() if m in heads)
 
 def without_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     "The weights that do not belong to a classifier."

@@ -93,7 +93,10 @@ def total_cost(
     parts: list[dict[str, Cost]], # costs by part
 ) -> dict[str, Cost]:             # their sum, in the order of `PARTS`
     "Add up costs part by part."
-    return {part: sum((p[part] for p in parts if part in p), Cost()) for part in PARTS}
+    total = dict.fromkeys(PARTS, Cost())
+    for costs in parts:
+        for part, cost in costs.items(): total[part] += cost
+    return total
 
 def block_cost(
     n: int,             # tokens

@@ -238,8 +238,8 @@ def tie_again(
     new_names = {source: name for name, (source, _) in moved.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in groups:
-        first, *others = [name for name in (new_names.get(old, old) for old in group)
-                          if name in parameters]  or [None]
+        renamed = [new_names.get(old, old) for old in group]
+        first, *others = [name for name in renamed if name in parameters] or [None]
         for name in others:
             path, _, attribute = name.rpartition('.')
             if parameters[name].shape == parameters[first].shape:

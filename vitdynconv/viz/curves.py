@@ -107,7 +107,9 @@ def history_line(
     column: str,                 # of the histories
 ):                               # values, one per epoch, or a Band of several runs
     "One column of one run as a curve, of several runs as a band."
-    values = [[row.get(column) for row in history] for history in histories]
+    def curve(history): return [row.get(column) for row in history]
+
+    values = list(map(curve, histories))
     return band(values) if len(values) > 1 else values[0]
 
 # %% ../../nbs/viz/01_curves.ipynb #curv0019

@@ -113,7 +113,8 @@ def channels(self: MapBackbone, block: nn.Module) -> int | None:
 # %% ../../../nbs/models/adapters/02_convnext.ipynb #bb016mk
 @patch
 def keep(self: MapBackbone, mixer: nn.Module, old: nn.Module, settings: dict) -> dict:
-    "Take over what a new mixer of tokens can hold of timm's layer; the weights that moved: new -> (old, note)."
+    """Take over what a new mixer of tokens can hold of timm's layer; the weights that moved: new -> (old,
+    note)."""
     return {}
 
 @patch

@@ -15,7 +15,8 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import nn, Tensor
 from ...layers.attention import DynamicConvAttention
 from ...tools.compat import private_hooks
-from ..adapter import Backbone, Converted, Place, moved_layers, rebuilt, register_backbone, set_module
+from ..adapter import (Backbone, Converted, Place, moved_layers, rebuilt, register_backbone,
+                                       set_module)
 # timm looks for it in the module of a model's class
 from ..fitting import checkpoint_filter_fn
 
