@@ -118,7 +118,9 @@ class Setting:
     compiled: bool = False  # torch.compile
 
     @property
-    def dtype(self) -> torch.dtype: return torch.bfloat16 if self.amp else torch.float32
+    def dtype(self) -> torch.dtype:
+        "Of the tensors that are timed."
+        return torch.bfloat16 if self.amp else torch.float32
 
 # %% ../nbs/timing.ipynb #f2a977d7
 class Limit:

@@ -170,7 +170,9 @@ class Softmax(Activation):
         self.temperature = temperature
         self.factor = head_scale('sqrt_head_dim', head_dim) if temperature is None else 1 / temperature
 
-    def normalise(self, scores): return scores.softmax(-1)
+    def normalise(self, scores: Tensor) -> Tensor:
+        "(..., n, m) to weights of the same shape."
+        return scores.softmax(-1)
 
     def forward(self, logits, bias=None, mask=None):
         """softmax(s / t + B) over the selected kernels, zero in rows that select none; (..., n, m) to (...,
@@ -203,7 +205,9 @@ class Pointwise(Activation):
         self.factor = head_scale(self.scale, head_dim)
 
     @staticmethod
-    def f(s): return s
+    def f(s: Tensor) -> Tensor:
+        "The function of one logit."
+        return s
 
     def elementwise(self,
         logits: Tensor,  # any shape

@@ -46,11 +46,19 @@ class Cost(NamedTuple):
     def __mul__(self, times): return Cost(*(times * a for a in self))
     __rmul__ = __mul__
     @property
-    def gflops(self) -> float: return self.macs / 1e9
+    def gflops(self) -> float:
+        "Billions of multiply-adds, which the paper calls GFLOPs."
+        return self.macs / 1e9
+
     @property
-    def mparams(self) -> float: return self.params / 1e6
+    def mparams(self) -> float:
+        "Millions of parameters."
+        return self.params / 1e6
+
     @property
-    def macts(self) -> float: return self.acts / 1e6
+    def macts(self) -> float:
+        "Millions of activations."
+        return self.acts / 1e6
 
 # %% ../../nbs/models/11_cost.ipynb #2b9e35e9
 def numel(value) -> int:
@@ -313,11 +321,20 @@ class Count:
     operators: dict[str, Cost]  # by operator, without 'aten::'
 
     @property
-    def gflops(self) -> float: return self.total.gflops
+    def gflops(self) -> float:
+        "Billions of multiply-adds, which the paper calls GFLOPs."
+        return self.total.gflops
+
     @property
-    def mparams(self) -> float: return self.total.mparams
+    def mparams(self) -> float:
+        "Millions of parameters."
+        return self.total.mparams
+
     @property
-    def macts(self) -> float: return self.total.macts
+    def macts(self) -> float:
+        "Millions of activations."
+        return self.total.macts
+
     def __iter__(self): return iter((self.gflops, self.mparams, self.macts))
     def __repr__(self): return f'{self.gflops:.3f} GFLOPs, {self.mparams:.3f} MParams, {self.macts:.3f} MActs'
 

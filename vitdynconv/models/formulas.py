@@ -52,11 +52,19 @@ class MixerSizes:
     layernorm: int = 5         # multiply-adds charged per element
 
     @property
-    def patches(self) -> int: return self.grid[0] * self.grid[1]
+    def patches(self) -> int:
+        "Positions of the grid."
+        return self.grid[0] * self.grid[1]
+
     @property
-    def tokens(self) -> int: return self.patches + self.prefix
+    def tokens(self) -> int:
+        "Tokens that share a bank, N."
+        return self.patches + self.prefix
+
     @property
-    def rows(self) -> int: return self.windows * self.tokens
+    def rows(self) -> int:
+        "Tokens of all windows."
+        return self.windows * self.tokens
 
 # %% ../../nbs/models/12_formulas.ipynb #55ebaee6
 def dynamic_cost(m: MixerSizes) -> Cost:

@@ -20,6 +20,7 @@ from .surgery import Settings, convert
 from .systems import SYSTEMS, exchange
 from .fitting import check_names, checkpoint_filter_fn, is_finished
 from .weights import close_names, read_weights, sizes_in, timm_model
+from ..tools.compat import forget_argument
 
 # %% ../../nbs/models/10_registry.ipynb #c29b4bb9
 def assemble(
@@ -182,7 +183,7 @@ def create_model(
                     checkpoint=checkpoint)
     model = timm.create_model(f'vdc_{name}{dot}{tag}', pretrained=pretrained, **settings, **timm_kwargs)
     # timm publishes these arguments with a model, and a local path means nothing elsewhere
-    vars(model).get('_model_args', {}).pop('checkpoint', None)
+    forget_argument(model, 'checkpoint')
     return model
 
 def register_other(name: str) -> None:

@@ -41,13 +41,24 @@ class Conversion:
     settings: dict
     weights: list[Weight] = field(default_factory=list)
 
-    def names(self, fate: str) -> list[str]: return [w.name for w in self.weights if w.fate == fate]
+    def names(self, fate: str) -> list[str]:
+        "The weights that were 'kept', 'dropped' or made 'new'."
+        return [w.name for w in self.weights if w.fate == fate]
+
     @property
-    def kept(self) -> list[str]: return self.names('kept')
+    def kept(self) -> list[str]:
+        "Names in the new model of weights that have the old values."
+        return self.names('kept')
+
     @property
-    def dropped(self) -> list[str]: return self.names('dropped')
+    def dropped(self) -> list[str]:
+        "Names in the old model of weights that have no place in the new one."
+        return self.names('dropped')
+
     @property
-    def new(self) -> list[str]: return self.names('new')
+    def new(self) -> list[str]:
+        "Names of weights that the old model did not have."
+        return self.names('new')
 
     def __str__(self) -> str:
         settings = ', '.join(f'{k}={v}' for k, v in self.settings.items() if v is not None)

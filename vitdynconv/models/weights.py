@@ -45,7 +45,8 @@ def sizes_in(
     sizes = dict(num_classes=0)
     for name in HEADS:
         if name in state: sizes['num_classes'] = len(state[name])
-    kernels = [w for w in state.values() if w.ndim == 4]    # the first one meets the image
+    # the first kernel meets the image
+    kernels = [w for name, w in state.items() if name.endswith('.weight') and w.ndim == 4]
     if kernels: sizes['in_chans'] = kernels[0].shape[1]
     return sizes
 

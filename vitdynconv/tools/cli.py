@@ -179,7 +179,9 @@ class Option(NamedTuple):
     required: bool = False # a parameter without default: given by its place, without a name
 
     @property
-    def flag(self) -> str: return '--' + self.name.replace('_', '-')
+    def flag(self) -> str:
+        "How the option is written on a command line."
+        return '--' + self.name.replace('_', '-')
 
 # %% ../../nbs/tools/03_cli.ipynb #cliopti2
 def options_of(
@@ -249,6 +251,7 @@ class CommandParser(argparse.ArgumentParser):
             self.add_argument(place, **names, **argument_settings(option))
 
     def error(self, message: str):
+        "One line to stderr, exit code 2."
         exit_with_message(self.prog, f'{message}; {self.prog} --help lists the options')
 
     def parse(self, words: list[str]) -> dict:

@@ -89,6 +89,7 @@ class MapBackbone(Backbone):
     head_dim = 32      # channels of a head, about
 
     def mixers(self):
+        "Path -> layer, in order. ValueError, naming it, for a layer of another class in timm's model."
         mixers = {f'{path}.{self.layer}': getattr(block, self.layer)
                   for path, block in self.find_blocks().items()}
         for path, mixer in mixers.items():
@@ -164,6 +165,7 @@ class ConvNeXtBackbone(MapBackbone):
     bases = bodies = 'convnext_atto', 'convnext_tiny', 'convnext_small', 'convnext_base'
 
     def keep(self, mixer, old, settings):
+        "Depth-wise self-attention with a table per channel holds the static kernel."
         holds = settings.get('pos_per') == 'channel' and settings.get('pos') == 'rel'
         if isinstance(mixer, DepthwiseSelfAttention) and holds: return hold_static_kernel(mixer, old)
         return {}

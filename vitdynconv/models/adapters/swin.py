@@ -135,12 +135,16 @@ class SwinBackbone(Backbone):
 
     @classmethod
     def feature_settings(cls, kwargs):
+        "timm's settings of `features_only`: a map for each stage, unless `out_indices` are given."
         stages = len(kwargs['depths']) if 'depths' in kwargs else 4
         return dict(flatten_sequential=True, out_indices=kwargs.pop('out_indices', tuple(range(stages))))
 
-    def block_of(self, path: str) -> nn.Module: return self.model.get_submodule(path.rpartition('.')[0])
+    def block_of(self, path: str) -> nn.Module:
+        "The block that holds the mixer at `path`."
+        return self.model.get_submodule(path.rpartition('.')[0])
 
     def place(self, path):
+        "Where the mixer at `path` stands: on a window, or on the whole map."
         block = self.block_of(path)
         whole = isinstance(block, WholeMapBlock)
         return Place(path, block.attn, block.input_resolution if whole else block.window_size, 0,
@@ -156,10 +160,12 @@ class SwinBackbone(Backbone):
 # %% ../../../nbs/models/adapters/01_swin.ipynb #bb012pr
 @patch
 def prepare(self: SwinBackbone) -> None:
+    "timm's blocks, which hold a mask as a buffer, become ours, which make it."
     self.exchange_blocks(SwinTransformerBlock, without_mask)
 
 @patch
 def restore(self: SwinBackbone) -> None:
+    "Our blocks become timm's again, with their masks."
     self.exchange_blocks(DynamicConvSwinBlock, with_mask)
 
 @patch
@@ -186,6 +192,7 @@ def with_mask(block: DynamicConvSwinBlock) -> SwinTransformerBlock:
 # %% ../../../nbs/models/adapters/01_swin.ipynb #bb012po
 @patch
 def set_position(self: SwinBackbone, pos: str) -> None:
+    "Add an absolute position behind the patch embedding, or remove it. ValueError for another embedding."
     embed = self.model.patch_embed
     positioned = isinstance(embed, PositionedPatchEmbed)
     if pos == 'abs' and not positioned:
@@ -200,6 +207,7 @@ def set_position(self: SwinBackbone, pos: str) -> None:
 
 @patch
 def why_not_timms(self: SwinBackbone) -> str | None:
+    "What timm's Swin has no place for, besides the mixers: whole maps, an absolute position. None: nothing."
     if any(isinstance(block, WholeMapBlock) for block in self.find_blocks().values()):
         return 'its blocks have no windows'
     if isinstance(self.model.patch_embed, PositionedPatchEmbed):

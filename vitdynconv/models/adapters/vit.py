@@ -27,6 +27,7 @@ class DynamicConvViT(Converted, VisionTransformer):
         for mixer in self.parts('set_grid_size'): mixer.set_grid_size(self.patch_embed.grid_size)
 
     def add_position(self, x):
+        "Patches to tokens (b, n, dim): class and register tokens in front, the embedding where there is one."
         if self.dynamic_img_size:
             self.set_live_grid(tuple(x.shape[1:3]))   # the patch embedding gives a map then
         if self.pos_embed is not None: return add_position(super(), x)
@@ -55,10 +56,12 @@ class ViTBackbone(Backbone):
     class_tokens = (None, True, False)
 
     def place(self, path):
+        "Where the mixer at `path` stands: on the grid of patches, behind the prefix tokens."
         model = self.model
         return Place(path, model.get_submodule(path), model.patch_embed.grid_size, model.num_prefix_tokens)
 
     def set_position(self, pos):
+        "Give the model an absolute embedding if `pos` is 'abs', and take it away otherwise."
         model = self.model
         if pos != 'abs': model.pos_embed = None
         if pos != 'abs' or model.pos_embed is not None: return
@@ -117,5 +120,6 @@ class DistilledBackbone(ViTBackbone):
     bases = bodies = ()
 
     def set_class_token(self, wanted):
+        "Keep both tokens. ValueError if they shall go."
         if wanted: return {}
         raise self.token_refusal(wanted)
