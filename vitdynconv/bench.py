@@ -28,6 +28,7 @@ def processor() -> str:
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return names[0] if names else platform.processor()
 
+# %% ../nbs/bench.ipynb #846922bb
 def machine(device: str, label: str) -> dict[str, str]:
     "What was measured on, and with what."
     name = torch.cuda.get_device_name() if device == 'cuda' else processor()
@@ -37,6 +38,7 @@ def machine(device: str, label: str) -> dict[str, str]:
                 python=platform.python_version(), torch=torch.__version__,
                 matrix_products=f'{libraries}, {torch.backends.cpu.get_cpu_capability()}')
 
+# %% ../nbs/bench.ipynb #4b40911b
 def check_options(suite: str, device: str, least: dict) -> None:
     "ValueError for a suite, a device or a number that cannot be."
     check_choice('--suite', suite, (*SUITES, 'all'))
@@ -46,12 +48,13 @@ def check_options(suite: str, device: str, least: dict) -> None:
     for name, (value, smallest) in least.items():
         if value < smallest: raise ValueError(f'--{name} {value} is too small; give {smallest} or more')
 
+# %% ../nbs/bench.ipynb #9a6f4530
 def run_suite(name: str, setting: Setting) -> list[Row]:
     "The rows of a suite, with a dot for each."
-    from vitdynconv.suites import ROWS        # here: a typing error should not wait for timm
+    from vitdynconv.suites import SUITE_ROWS        # here: a typing error should not wait for timm
     setting = replace(setting, seconds=setting.seconds or SUITES[name])
     rows = []
-    for make in ROWS[name]:
+    for make in SUITE_ROWS[name]:
         for row in make(setting):
             print('.', end='', flush=True)
             rows.append(row)

@@ -89,6 +89,7 @@ class Row:
                     bound=show(self.bound, 3), goal=show(self.goal, 3), met=self.met,
                     machine=f'moved {self.moved:.0f}%' if noisy else '', MB=memory)
 
+# %% ../nbs/timing.ipynb #c78935ee
 def compare(
     taken: dict[str, list[float]], # from `race`
     name: str,                     # the work

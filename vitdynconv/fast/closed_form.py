@@ -18,6 +18,7 @@ def is_shorter(q: Tensor, v: Tensor) -> bool:
     m, e = v.shape[-2:]
     return (n + m) * d * e < n * m * (d + e)
 
+# %% ../../nbs/fast/01_closed_form.ipynb #4df11a8b
 def linear_attention(
     q: Tensor,          # (..., n, d)
     k: Tensor,          # (..., m, d)
@@ -64,6 +65,7 @@ def normalised(q: Tensor, k: Tensor, weight: Tensor | None, eps: float = 1e-5) -
     k, factor = row_statistics(q, k, eps)
     return (k if weight is None else k * weight.to(k.dtype).unsqueeze(-1)), factor
 
+# %% ../../nbs/fast/01_closed_form.ipynb #fd663db2
 def with_shift(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     "Queries (..., n, d + 1) and keys (..., m, d + 1) whose products are `Q K' + shift`, with a shift (m,)."
     if shift is None: return q, k

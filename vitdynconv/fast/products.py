@@ -41,6 +41,7 @@ def recorded() -> bool:
     operators serve best."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
+# %% ../../nbs/fast/00_products.ipynb #07a0ce01
 def trains(*tensors: Tensor | None) -> bool:
     "Will a gradient be asked for?"
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -51,6 +52,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     known = torch.amp.is_autocast_available(device)
     return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
 
+# %% ../../nbs/fast/00_products.ipynb #06daaa73
 def without_autocast(device: str):
     "A context in which autocast is off."
     known = torch.amp.is_autocast_available(device)

@@ -22,10 +22,12 @@ def side_by_side(v: Tensor) -> Tensor:
     "(b, h, n, d) to (h, n, b*d): all images of a batch as more channels of one."
     return v.permute(1, 2, 0, 3).flatten(2)
 
+# %% ../../nbs/fast/03_relative_position.ipynb #96809e6d
 def apart(y: Tensor, b: int, d: int) -> Tensor:
     "The inverse of `side_by_side`: (h, n, b*d) to (b, h, n, d)."
     return y.unflatten(2, (b, d)).permute(2, 0, 1, 3)
 
+# %% ../../nbs/fast/03_relative_position.ipynb #ce49aeea
 def bias_product(
     v: Tensor,    # (b, h, m, d)
     bias: Tensor, # (h, n, m), (h*d, n, m) for one per channel, or broadcasting to (b, h, n, m)
@@ -56,6 +58,7 @@ def fourier(offsets: Tensor, size: int) -> Tensor:
     angle = 2 * math.pi / (2 * size - 1) * frequency * offsets
     return torch.stack([angle.cos(), -angle.sin()], 1).flatten(0, 1)
 
+# %% ../../nbs/fast/03_relative_position.ipynb #46ef9a91
 def inverse_fourier(offsets: Tensor, size: int) -> Tensor:
     "(n, 2*size) in float64: the way back. Each frequency but zero stands for its conjugate too."
     weight = torch.full((size, 1, 1), 2 / (2 * size - 1), device=offsets.device, dtype=torch.float64)
@@ -71,6 +74,7 @@ def toeplitz_blocks(cosine: Tensor, sine: Tensor, waves: Tensor) -> Tensor:
     block = torch.cat(rows, -2).flatten(0, 1)                          # (h*H, 2W, 2W)
     return (block @ waves.flatten(2, 3).flatten(0, 1)).view(waves.shape)
 
+# %% ../../nbs/fast/03_relative_position.ipynb #9725b208
 def toeplitz_gauss(cosine: Tensor, sine: Tensor, waves: Tensor) -> Tensor:
     "The same by three real products each."
     real, imaginary = waves.unbind(2)                                  # (h, H, W, c)
@@ -78,6 +82,7 @@ def toeplitz_gauss(cosine: Tensor, sine: Tensor, waves: Tensor) -> Tensor:
     parts = [product - (cosine + sine) @ imaginary, product + (sine - cosine) @ real]
     return torch.stack(parts, 2)
 
+# %% ../../nbs/fast/03_relative_position.ipynb #d71e6670
 def position_by_fourier(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
     "`B V` by a Fourier transform along y and a Toeplitz matrix along x per frequency: one table per head."
     b, h, n, d = v.shape
@@ -111,6 +116,7 @@ def position_by_fft(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
     y = torch.fft.ifft(waves * torch.fft.rfft2(kernel), dim=-2)[..., :height, :]
     return torch.fft.irfft(y, n=2 * width)[..., :width].flatten(3).mT.to(v.dtype)
 
+# %% ../../nbs/fast/03_relative_position.ipynb #8398b972
 def position_by_convolution(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
     "`B V` as the depth-wise convolution that it is, channels last."
     b, h, n, d = v.shape
@@ -129,6 +135,7 @@ def position_way(n: int, per_channel: bool, training: bool) -> Callable:
     if n <= (144 if training else 256): return position_by_matrix
     return position_by_fourier if n <= 30_000 else position_by_fft
 
+# %% ../../nbs/fast/03_relative_position.ipynb #654e0c1c
 def relative_position(
     v: Tensor,                  # (b, h, n, d) values; keys in depth-wise attention
     position: RelativePosition, # one table per head or channel, and its grid
@@ -155,6 +162,7 @@ def window_patterns(mask: Tensor) -> tuple[Tensor, list[Tensor]]:
     PATTERNS.append((mask.clone(), patterns, members))
     return patterns, members
 
+# %% ../../nbs/fast/03_relative_position.ipynb #92652629
 def masked_position(k: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     """The position term of (windows, h, n, d) over the kernels of a mask (windows, n, n): one product per
     pattern."""
@@ -163,6 +171,7 @@ def masked_position(k: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         y = y.index_copy(0, members, bias_product(k[members], bias * pattern))
     return y
 
+# %% ../../nbs/fast/03_relative_position.ipynb #e1a12f2f
 def masked_mean(k: Tensor, mask: Tensor) -> Tensor:
     """The mean of (windows, h, n, d) over the kernels of a mask (windows or 1, n, n), which heads share; zero
     where it selects none."""

@@ -28,6 +28,7 @@ def slices(size: int, limit: int) -> list[slice]:
     step = max(1, math.ceil(size / count))
     return [slice(i, min(size, i + step)) for i in range(0, size, step)]
 
+# %% ../../nbs/fast/02_tiled.ipynb #634dda75
 def tiles(q: Tensor, m: int) -> list[tuple[slice, slice]]:
     "The cut of (g, n, m) logits, of g heads of all images, into slices of heads and of rows."
     g, n = q.shape[:2]
@@ -47,6 +48,7 @@ def tile_index(t: Tensor, heads: slice, num_heads: int) -> tuple[Tensor, Tensor]
     head = index % num_heads if t.shape[1] > 1 else zero
     return image, head
 
+# %% ../../nbs/fast/02_tiled.ipynb #003d890d
 def cut(t: Tensor | None, heads: slice, rows: slice, num_heads: int) -> Tensor | None:
     "A tile's part of a bias or mask (b or 1, h or 1, n or 1, m)."
     if t is None: return None
@@ -54,6 +56,7 @@ def cut(t: Tensor | None, heads: slice, rows: slice, num_heads: int) -> Tensor |
     if t.shape[0] == t.shape[1] == 1: return t[0]
     return t[tile_index(t, heads, num_heads)]
 
+# %% ../../nbs/fast/02_tiled.ipynb #379540db
 def add_cut(total: Tensor, piece: Tensor, heads: slice, rows: slice, num_heads: int) -> None:
     "Add the gradient of `cut(total, ...)` to that of `total`."
     if total.shape[2] > 1: total = total[:, :, rows]
@@ -66,6 +69,7 @@ def relu_weights(logits: Tensor, bias: Tensor | None = None, mask: None = None) 
     weights = F.relu(logits, inplace=True)
     return weights if bias is None else weights + bias
 
+# %% ../../nbs/fast/02_tiled.ipynb #9706795f
 def elementwise_weights(f: Callable) -> Callable:
     "The weights `f(logits) + bias`, without a mask."
     def weights(logits, bias=None, mask=None):
@@ -96,16 +100,19 @@ def tile_memory(q: Tensor, m: int, cuts: list) -> Tensor:
     heads, rows = cuts[0] if cuts else (slice(0, 0), slice(0, 0))
     return q.new_empty(heads.stop * rows.stop * m)
 
+# %% ../../nbs/fast/02_tiled.ipynb #9dd3205d
 def zeros_to_add(t: Tensor | None) -> Tensor | None:
     "Zeros of the shape of `t`, float32 at least: a sum over tiles."
     if t is None: return None
     return torch.zeros_like(t, dtype=torch.float32 if t.dtype in HALF else t.dtype)
 
+# %% ../../nbs/fast/02_tiled.ipynb #e0c631f9
 def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     "`total += scale * a @ b`"
     if total.dtype == a.dtype: total.baddbmm_(a, b, alpha=scale)
     else: total += scaled_product(a, b, scale)
 
+# %% ../../nbs/fast/02_tiled.ipynb #93a6acd3
 class Tiled(torch.autograd.Function):
     """`gain * act(scale * Q K', bias, mask) V` for (g, n, d), tile by tile, computed again in the backward
     pass."""
@@ -166,6 +173,7 @@ def by_closed_form(n: int, m: int, relu: bool, training: bool) -> bool:
     "Does LayerNorm's closed form (with ReLU, with gradients) beat LayerNorm on the rows of tiles?"
     return n * m > (STORED if relu or training else STORED // 2)
 
+# %% ../../nbs/fast/02_tiled.ipynb #67f8999b
 def layernorm_weights(relu: bool, eps: float) -> Callable:
     """LayerNorm of whole rows, then perhaps ReLU, as a function of logits, bias, mask (None), weight and
     shift."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATION_SLOTS', 'COLUMNS', 'CutMixer', 'in_channels', 'own_activation', 'replace_output', 'constant', 'Probe',
            'is_nonzero', 'rank', 'own_rule', 'position_of', 'describe_mixer', 'wide_enough', 'block_around',
-           'inputs_of', 'uses_pos_embed', 'image_size', 'grid_of', 'example_input', 'describe', 'five_networks',
+           'inputs_of', 'uses_pos_embed', 'own_image_size', 'grid_of', 'example_input', 'describe', 'five_networks',
            'table1']
 
 # %% ../../nbs/framework/01_probe.ipynb #62d91b27
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
-from .spec import NO_KERNELS, KernelSpec, find_mixers, generators
+from .spec import NO_KERNELS, KernelSpec, kernel_makers, generators
 from ..layers.activations import Activation, create_activation
 from ..layers.attention import DynamicConvAttention
 from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
@@ -58,6 +58,7 @@ def in_channels(layer: nn.Module) -> int:
     "Channels that a kernel-making layer takes, read off its first matrix."
     return next(p for p in layer.parameters() if p.ndim > 1).shape[1]
 
+# %% ../../nbs/framework/01_probe.ipynb #72e3066b
 ACTIVATION_SLOTS = 'act', 'activation'
 
 def own_activation(mixer: nn.Module) -> str | Activation | None:
@@ -65,6 +66,7 @@ def own_activation(mixer: nn.Module) -> str | Activation | None:
     found = [getattr(mixer, slot, None) for slot in ACTIVATION_SLOTS]
     return next((act for act in found if isinstance(act, (str, Activation))), None)
 
+# %% ../../nbs/framework/01_probe.ipynb #b59904d4
 @patch
 def make_neutral(self: CutMixer) -> None: # changes the copy
     "Zero position tables, and softmax in place of an activation of this library."
@@ -79,6 +81,7 @@ def replace_output(function: Callable, layer: nn.Module, args: tuple, output: Te
     "A forward hook that hands the output to `function`."
     return function(output)
 
+# %% ../../nbs/framework/01_probe.ipynb #e31468f9
 @patch
 def run_replacing(self: CutMixer,
     x: Tensor,          # an input
@@ -106,6 +109,7 @@ def kernels(self: CutMixer,
     self.run_replacing(z, [(layer, record) for layer in self.layers])
     return made
 
+# %% ../../nbs/framework/01_probe.ipynb #2ff613fc
 @patch
 def random_feature(self: CutMixer) -> Tensor: # standard normal
     "A random feature map q of the right shape."
@@ -119,6 +123,7 @@ def constant(value: Tensor):
     "A function that returns `value`, whatever it is given."
     return lambda output: value
 
+# %% ../../nbs/framework/01_probe.ipynb #4bdb4f72
 @patch
 def __call__(self: CutMixer,
     q: Tensor,          # feature map
@@ -178,6 +183,7 @@ def feature_gradient(self: Probe,
     target = out @ mixture if channel is None else out[channel]
     return torch.autograd.grad(target, q, materialize_grads=True)[0]
 
+# %% ../../nbs/framework/01_probe.ipynb #ff1b2336
 @patch
 def image_gradient(self: Probe,
     position: int | None = None, # of the output; None: the one that is watched
@@ -189,6 +195,7 @@ def image_gradient(self: Probe,
     target = out[self.position if position is None else position, 0]
     return torch.autograd.grad(target, z, materialize_grads=True)[0]
 
+# %% ../../nbs/framework/01_probe.ipynb #04a474a9
 def is_nonzero(gradient: Tensor) -> Tensor:
     "bool: where a gradient is not zero, rounding errors aside."
     return gradient.abs() > 1e-9 * gradient.abs().max()
@@ -201,6 +208,7 @@ def stride(self: Probe) -> int:
     area = self.q[0, 0].numel() / self.positions
     return round(area ** (1 / (self.q.ndim - 2)))
 
+# %% ../../nbs/framework/01_probe.ipynb #039b3485
 @patch
 def reach(self: Probe) -> int:
     """Positions along the first axis that the output is made of: its own and twice those on the side away
@@ -238,6 +246,7 @@ def follows_query(self: Probe) -> bool:
     one_query = self.reach() == 1    # a larger kernel joins the sets of several queries
     return not one_query or len({int(s.sum()) for s in sets}) == 1
 
+# %% ../../nbs/framework/01_probe.ipynb #997724ac
 @patch
 def other_sets(self: Probe) -> list[Tensor]:
     "Whose kernels are used nearby, and at the first and the last position."
@@ -245,11 +254,13 @@ def other_sets(self: Probe) -> list[Tensor]:
     others = sorted({0, p - 3, p - 1, p + 1, p + 3, last} - {p})
     return [self.selected(i) for i in others if 0 <= i <= last]
 
+# %% ../../nbs/framework/01_probe.ipynb #3ebb20cf
 @patch
 def has_bank(self: Probe) -> bool:
     "Is a kernel used at more than one position?"
     return any((self.selected() & other).any() for other in self.other_sets())
 
+# %% ../../nbs/framework/01_probe.ipynb #64a68be0
 @patch
 def moves_along(self: Probe) -> bool:
     "Does a set nearby have the same size and overlap with this one, without being equal?"
@@ -287,6 +298,7 @@ def input_channels(self: Probe) -> int:
     else: per_channel = gradient[0].flatten(1).sum(1)
     return int(is_nonzero(per_channel).sum())
 
+# %% ../../nbs/framework/01_probe.ipynb #dd100ec4
 @patch
 def is_linear(self: Probe) -> bool:
     "Is the output a linear function of the feature map, with the kernels held fixed?"
@@ -294,6 +306,7 @@ def is_linear(self: Probe) -> bool:
     none, twice = [self.cut(factor * self.q, self.made) for factor in (0, 2)]
     return bool((twice - 2 * once + none).abs().max() <= 1e-9 * once.abs().max())
 
+# %% ../../nbs/framework/01_probe.ipynb #93ee57cf
 @patch
 def kernel_type(self: Probe) -> str:
     "'depthwise', 'dense' or 'pair'"
@@ -312,17 +325,20 @@ def rank(matrix: Tensor) -> int:
     "Rank of a matrix, rounding errors aside."
     return int(torch.linalg.matrix_rank(matrix, rtol=1e-9))
 
+# %% ../../nbs/framework/01_probe.ipynb #617fd1bd
 @patch
 def count_bank(self: Probe, images: int = 16) -> int:
     "Number of kernels in a static bank, up to the number of images tried."
     made = [self.cut.kernels(torch.randn_like(self.z)) for _ in range(images)]
     return rank(torch.stack([self.cut(self.q, kernels).flatten() for kernels in made]))
 
+# %% ../../nbs/framework/01_probe.ipynb #cefa6ff7
 @patch
 def keys_and_values(self: Probe) -> tuple[Tensor, Tensor]:
     "The two halves of a bank of pairs."
     return self.made[0].chunk(2, -1) if self.cut.parts else self.made
 
+# %% ../../nbs/framework/01_probe.ipynb #66cd0f00
 @patch
 def with_values(self: Probe, values: Tensor) -> Tensor:
     "The output, (positions, channels), with other values in place of the bank's."
@@ -352,6 +368,7 @@ def own_rule(mixer: nn.Module) -> Selection | None:
     rules = [m for m in mixer.modules() if isinstance(m, Selection)]
     return next((rule for rule in rules if rule.hard and rule.name not in ('all', 'window')), None)
 
+# %% ../../nbs/framework/01_probe.ipynb #b199918f
 @patch
 def confirmed_rule(self: Probe) -> str | None:
     "The name of the mixer's own rule, if the kernels that were found are those of the rule's reference."
@@ -394,6 +411,7 @@ def activation(self: Probe) -> str:
     y = self.with_values(torch.ones_like(values))
     return 'softmax' if (y - 1).abs().max() < 1e-9 else 'unknown'
 
+# %% ../../nbs/framework/01_probe.ipynb #6d4fe031
 def position_of(
     cut: CutMixer, # not neutral
 ) -> str | None:
@@ -422,6 +440,7 @@ def describe_mixer(
         activation = Probe(as_it_is).activation() if kind == 'pair' else None
     return KernelSpec(bank, selection, kind, size, activation, position_of(as_it_is), number)
 
+# %% ../../nbs/framework/01_probe.ipynb #d1c9d655
 def wide_enough(
     module: nn.Module, # a mixer or a block
     x: Tensor,         # an input of it
@@ -444,6 +463,7 @@ def block_around(module: nn.Module, path: str) -> str:
         if hasattr(module.get_submodule(outer), HOOKS['attend']): return outer
     return path
 
+# %% ../../nbs/framework/01_probe.ipynb #98b8d316
 def inputs_of(
     module: nn.Module,
     x: Tensor,
@@ -461,6 +481,7 @@ def inputs_of(
         module(x)
     return seen
 
+# %% ../../nbs/framework/01_probe.ipynb #62c8eded
 def uses_pos_embed(module: nn.Module, x: Tensor) -> bool:
     "Does the output of the model depend on a parameter `pos_embed`?"
     pos_embed = getattr(module, 'pos_embed', None)
@@ -470,25 +491,27 @@ def uses_pos_embed(module: nn.Module, x: Tensor) -> bool:
     return bool(gradient.any())
 
 # %% ../../nbs/framework/01_probe.ipynb #db61e212
-def image_size(module: nn.Module) -> tuple | None:
+def own_image_size(module: nn.Module) -> tuple | None:
     "(H, W) of a model's images, if it says so."
     size = getattr(getattr(module, 'patch_embed', None), 'img_size', None)
     if size: return tuple(size)
     configuration = getattr(module, 'pretrained_cfg', None) or {}
     return configuration.get('input_size', (None,))[-2:] if 'input_size' in configuration else None
 
+# %% ../../nbs/framework/01_probe.ipynb #0aed8f2d
 def grid_of(mixer: nn.Module) -> tuple[int, int]:
     "The grid that a mixer of tokens was built for, or a small one."
     owners = [(mixer, 'grid_size'), (mixer, 'window_size'), (getattr(mixer, 'selection', None), 'grid_size')]
     found = [getattr(owner, name, None) for owner, name in owners]
     return next((grid for grid in found if grid), (4, 4))
 
+# %% ../../nbs/framework/01_probe.ipynb #31025523
 def example_input(
     module: nn.Module, # a mixer, a Swin block, or a timm model
 ) -> Tensor:           # a random input
     "An input for a module that does not come with one. ValueError, asking for `x`, if none can be derived."
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    size = image_size(module)
+    size = own_image_size(module)
     if size:
         return random(1, next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), *size)
     layers, parts = generators(module)
@@ -510,7 +533,7 @@ def describe(
     if there is no token mixer."""
     x = (example_input(module) if x is None else x[:1]).to(next(module.parameters()))
     if generators(module).layers: return describe_mixer(module, x)
-    blocks = {path: block_around(module, path) for path in find_mixers(module)}
+    blocks = {path: block_around(module, path) for path in kernel_makers(module)}
     if not blocks: raise ValueError(f'{type(module).__name__} has no token mixer: {NO_KERNELS}')
     inputs = inputs_of(module, x, {*blocks, *blocks.values()})
     absolute = uses_pos_embed(module, x)

@@ -63,6 +63,7 @@ class Proof(NamedTuple):
     reference: str   # by what
     make: Callable   # dtype -> `Comparison`
 
+# %% ../../nbs/framework/04_proofs.ipynb #7dea9a26
 PROOFS: list[Proof] = []
 
 def proof(system: str, computation: str, reference: str):
@@ -77,6 +78,7 @@ def normal(*shape: int, dtype=torch.float64) -> Tensor:
     "Standard normal numbers"
     return torch.randn(*shape, dtype=dtype)
 
+# %% ../../nbs/framework/04_proofs.ipynb #15370a63
 def prepared(module: nn.Module, dtype) -> nn.Module:
     "Random weights and statistics, in evaluation mode"
     for p in module.parameters(): nn.init.normal_(p, std=.2)
@@ -84,6 +86,7 @@ def prepared(module: nn.Module, dtype) -> nn.Module:
         if 'running' in name: b.uniform_(.5, 2)
     return module.to(dtype).eval()
 
+# %% ../../nbs/framework/04_proofs.ipynb #5a3d189b
 def judged(
     module: nn.Module,    # prepared
     definition: Callable, # (x, state) -> array, in NumPy
@@ -114,6 +117,7 @@ def vit_torch(dtype: torch.dtype) -> Comparison:
 
     return Comparison(convs, multihead, dict(x=normal(2, 24, 5, 4, dtype=dtype)), weights)
 
+# %% ../../nbs/framework/04_proofs.ipynb #f4ad3ef8
 @proof('ViT', 'DynamicConvAttention', 'timm Attention')
 def vit_timm(dtype: torch.dtype) -> Comparison:
     "Attention as dynamic convolutions against timm's, tokens (2, 20, 24); sections 3.1 and 3.2."
@@ -191,6 +195,7 @@ def dynamic_conv(dtype: torch.dtype) -> Comparison:
     return judged(prepared(conv, dtype), partial(reference.dynamic_conv, **options),
                   normal(3, 8, 9, 7, dtype=dtype))
 
+# %% ../../nbs/framework/04_proofs.ipynb #fc878924
 @proof('D-Conv', 'router, mixed kernel, convolution', 'timm CondConv2d')
 def cond_conv(dtype: torch.dtype) -> Comparison:
     "The same mixture as timm's conditional convolution, which gets the coefficients, maps (3, 8, 9, 7)."
@@ -242,6 +247,7 @@ def activation_case(dtype, name: str) -> Comparison:
     parameters = {f'act.{key}': p for key, p in act.named_parameters()}
     return Comparison(convs, by_formula, dict(q=q, k=k, v=v, bias=bias), parameters, in_numpy=True)
 
+# %% ../../nbs/framework/04_proofs.ipynb #6d2c45b4
 def activation_proofs() -> list[Proof]:
     "One for each activation in the registry."
     return [Proof('activation', f'{name}, dynamic convs', 'formula in NumPy',
@@ -259,6 +265,7 @@ def merged(dtype: torch.dtype) -> Comparison:
 
     return Comparison(merge_first, logits_first, dict(q=q, k=k, v=v), {}, in_numpy=True)
 
+# %% ../../nbs/framework/04_proofs.ipynb #aa25971e
 @proof('position', 'B V as a depth-wise conv', 'matrix B in NumPy')
 def relative(dtype: torch.dtype) -> Comparison:
     "The position term of Eq. 4 on a grid of 4 x 5: table (63, 3), v (2, 3, 20, 8)."
@@ -289,6 +296,7 @@ def depthwise(dtype: torch.dtype) -> Comparison:
     return Comparison(lambda x: ours(x, mask=mask), definition, dict(x=normal(2, 20, 24, dtype=dtype)),
                       dict(ours.named_parameters()), in_numpy=True)
 
+# %% ../../nbs/framework/04_proofs.ipynb #fab485a8
 @proof('future work', 'k x k kernels, stride 2', 'two k x k convolutions in NumPy')
 def large_kernels(dtype: torch.dtype) -> Comparison:
     "Dynamic 3 x 3 kernels at every second position (section 5), maps (2, 8, 6, 5)."
@@ -300,6 +308,7 @@ def large_kernels(dtype: torch.dtype) -> Comparison:
 
     return judged(block, definition, normal(2, 8, 6, 5, dtype=dtype))
 
+# %% ../../nbs/framework/04_proofs.ipynb #74695eed
 @proof('future work', 'k x k kernels at k = 1', 'timm Attention')
 def kernels_of_one(dtype: torch.dtype) -> Comparison:
     "Kernels of 1 x 1 are attention, maps (2, 24, 5, 4)."
@@ -327,6 +336,7 @@ def selection_case(dtype, name: str, mixer: type) -> Comparison:
 
     return judged(ours, definition, normal(2, 20, 24, dtype=dtype))
 
+# %% ../../nbs/framework/04_proofs.ipynb #b9cafdab
 def selection_proofs() -> list[Proof]:
     "Two for each hard selection in the registry that Table 1 does not have."
     mixers = {'attention': DynamicConvAttention, 'depth-wise': DepthwiseSelfAttention}
@@ -342,6 +352,7 @@ def all_proofs() -> list[Proof]:
     "The list, and one for each entry of the registries."
     return [*PROOFS, *activation_proofs(), *selection_proofs()]
 
+# %% ../../nbs/framework/04_proofs.ipynb #e3d24ab2
 def equivalence_table(
     dtype: torch.dtype = torch.float64, # in which everything is computed
 # system, computation, reference, dtype, outputs, gradients: the largest absolute differences

@@ -7,7 +7,7 @@ __all__ = ['RULES', 'further_selections', 'dimensions', 'Rule', 'rule', 'selecti
            'static_and_hard', 'static_pair', 'activation_without_pair', 'bias_without_dynamic_bank', 'bias_of_mixtures',
            'bias_of_dense', 'bias_of_large_depthwise', 'best_of_merged', 'why_not', 'Cell', 'check_values',
            'design_space', 'OnMap', 'AbsolutePosition', 'Windowed', 'LearnedMean', 'SelectedMean', 'make_selection',
-           'build_pair', 'build_depthwise_attention', 'build_single', 'build', 'inside', 'definition_of_mixer',
+           'build_pair', 'build_depthwise_attention', 'build_single', 'build', 'part_of_state', 'definition_of_mixer',
            'definition_of_tokens', 'definition_of_mask', 'definition', 'against_definition']
 
 # %% ../../nbs/framework/03_space.ipynb #8d3b056c
@@ -36,6 +36,7 @@ def further_selections() -> tuple[str, ...]:
     "Names of the hard selections in the registry that Table 1 does not have."
     return tuple(name for name, cls in SELECTIONS.items() if cls.hard and name not in ('all', 'window'))
 
+# %% ../../nbs/framework/03_space.ipynb #7bb029bc
 def dimensions() -> dict[str, tuple]: # dimension -> its values
     "The grid: six dimensions, the selections read from the registry, the activations those of Table 2."
     return dict(
@@ -54,6 +55,7 @@ class Rule(NamedTuple):
     reason: str
     excludes: Callable # of a `KernelSpec`: bool
 
+# %% ../../nbs/framework/03_space.ipynb #6aabf285
 RULES: list[Rule] = []
 
 def rule(reason: str) -> Callable:
@@ -128,6 +130,7 @@ class Cell(NamedTuple):
     spec: KernelSpec
     reason: str | None # why it is impossible; None if `build(spec)` builds it
 
+# %% ../../nbs/framework/03_space.ipynb #ffcd104d
 def check_values(name: str, values) -> None: # nothing: raises ValueError
     "Refuse a dimension, or values of it, that do not exist."
     known = dimensions()
@@ -140,6 +143,7 @@ def check_values(name: str, values) -> None: # nothing: raises ValueError
         wrong = [v for v in values if v not in valid]
     if wrong: raise ValueError(f'{name} cannot be {wrong[0]!r}; choose among {valid}')
 
+# %% ../../nbs/framework/03_space.ipynb #33ee64b1
 def design_space(
     # dimension -> the values to enumerate, such as kernel_size=(1, 3, 5); all of `dimensions()` for those
     # left out
@@ -162,6 +166,7 @@ class OnMap(nn.Module):
         "(b, c, h, w) to (b, c, h, w)"
         return to_map(self.mixer(to_tokens(x)), *x.shape[2:])
 
+# %% ../../nbs/framework/03_space.ipynb #e608a8f6
 class AbsolutePosition(nn.Module):
     "An absolute position embedding in front of a mixer."
     def __init__(self, dim: int, grid_size: tuple[int, int], mixer: nn.Module):
@@ -204,6 +209,7 @@ class LearnedMean(ProjectedKernels):
         "(b, c, h, w) to (b, c, 1, 1)"
         return (x.flatten(2) @ self.E[0])[..., None]
 
+# %% ../../nbs/framework/03_space.ipynb #f89ec02d
 class SelectedMean(nn.Module):
     "Hard selection where each position gets one kernel: the mean of the features that it selects."
     def __init__(self, selection: Callable):
@@ -222,6 +228,7 @@ def make_selection(name: str, grid: tuple[int, int]) -> nn.Module:
     "A selection of the registry for a map of this size."
     return create_selection(name, grid, **SELECTIONS[name].example)
 
+# %% ../../nbs/framework/03_space.ipynb #2542ad84
 def build_pair(spec: KernelSpec, dim: int, grid: tuple[int, int], heads: int) -> nn.Module:
     "The cells (dynamic, any selection, pair): maps (b, dim, h, w) to the same"
     n = math.prod(grid)
@@ -233,6 +240,7 @@ def build_pair(spec: KernelSpec, dim: int, grid: tuple[int, int], heads: int) ->
     if spec.kernel_size > 1: return KernelAttention2d(dim, heads, spec.kernel_size, **options)
     return OnMap(DynamicConvAttention(dim, heads, **options))
 
+# %% ../../nbs/framework/03_space.ipynb #d79c8998
 def build_depthwise_attention(spec: KernelSpec, dim: int, grid: tuple[int, int], heads: int) -> nn.Module:
     "The cells (dynamic, hard, depthwise, 1): Eq. 5"
     options = dict(pos='rel' if spec.position == 'rel' else None, grid_size=grid)
@@ -279,10 +287,11 @@ def build(
     return AbsolutePosition(dim, grid_size, mixer) if spec.position == 'abs' else mixer
 
 # %% ../../nbs/framework/03_space.ipynb #89495a65
-def inside(state: dict, name: str) -> dict:
+def part_of_state(state: dict, name: str) -> dict:
     "The part of a state dict that belongs to a submodule."
     return {key[len(name) + 1:]: value for key, value in state.items() if key.startswith(name + '.')}
 
+# %% ../../nbs/framework/03_space.ipynb #be92008f
 def definition_of_mixer(
     spec: KernelSpec,    # with selection all or soft, position None or 'rel'
     mixer: nn.Module,    # built to it: says which formula its activation has, nothing else
@@ -298,7 +307,7 @@ def definition_of_mixer(
                                           mask=definition_of_mask(spec, mixer, grid))
     if isinstance(mixer, OnMap):
         tokens = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
-        y = definition_of_tokens(spec, mixer.mixer, tokens, inside(state, 'mixer'), heads, grid)
+        y = definition_of_tokens(spec, mixer.mixer, tokens, part_of_state(state, 'mixer'), heads, grid)
         return y.swapaxes(1, 2).reshape(x.shape)
     depthwise = spec.kernel_type == 'depthwise'
     if spec.bank == 'static':
@@ -326,24 +335,26 @@ def definition_of_tokens(
     weights_of = reference.formula_of(mixer.act, state, 'act.', x.shape[2] // heads)
     return reference.attention_mixer(x, state, heads, weights_of, grid, mask=mask)
 
+# %% ../../nbs/framework/03_space.ipynb #f21663e5
 def definition_of_mask(spec: KernelSpec, owner: nn.Module, grid: tuple):
     """The mask of a selection from the registry: (n, n) bool, a function of the logits, or None for the
     others."""
     if spec.selection not in further_selections(): return None
     return reference.selection_mask(owner.selection, grid)
 
+# %% ../../nbs/framework/03_space.ipynb #97d43e2c
 def definition(spec: KernelSpec, module: nn.Module, x: np.ndarray, state: dict, heads: int) -> np.ndarray:
     "What `build(spec)` should compute: (b, c, h, w) to (b, c, h, w)."
     if spec.position == 'abs':
         inner = replace(spec, position=None)
-        return definition(inner, module.mixer, x + state['pos_embed'], inside(state, 'mixer'), heads)
+        return definition(inner, module.mixer, x + state['pos_embed'], part_of_state(state, 'mixer'), heads)
     if spec.selection != 'local': return definition_of_mixer(spec, module, x, state, heads)
     inner = replace(spec, selection='all')
     height, width = x.shape[2] // 2, x.shape[3] // 2
     y = np.zeros(x.shape, np.result_type(x, *state.values()))
     for top, left in product((0, height), (0, width)):
         window = np.s_[:, :, top:top + height, left:left + width]
-        y[window] = definition_of_mixer(inner, module.mixer, x[window], inside(state, 'mixer'), heads)
+        y[window] = definition_of_mixer(inner, module.mixer, x[window], part_of_state(state, 'mixer'), heads)
     return y
 
 # %% ../../nbs/framework/03_space.ipynb #9b8b2d26

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANK_WORDS', 'SELECTION_WORDS', 'NUMBER_WORDS', 'GENERATOR_NAMES', 'NO_KERNELS', 'selection_words', 'KernelSpec',
-           'LayerNames', 'Generators', 'generators', 'find_mixers', 'generator_weights']
+           'LayerNames', 'Generators', 'generators', 'kernel_makers', 'generator_weights']
 
 # %% ../../nbs/framework/00_spec.ipynb #db6a8290
 from dataclasses import dataclass, field
@@ -82,7 +82,7 @@ def generators(
         if all(isinstance(layer, nn.Module) for layer in layers): return Generators(layers, parts)
     return Generators([])
 
-def find_mixers(
+def kernel_makers(
     module: nn.Module,     # a model, a block or a mixer
 ) -> dict[str, nn.Module]: # path -> token mixer
     "All modules that make kernels."

@@ -242,6 +242,7 @@ class NoActivation(Pointwise):
     @staticmethod
     def formula(s, b, head_dim=None, scale=None): return scaled(s, scale, head_dim) + b
 
+# %% ../../nbs/layers/02_activations.ipynb #a8606a61
 @register('scaling')
 class Scaling(Pointwise):
     "s / d: a constant factor keeps the size in bounds and does nothing else."
@@ -250,6 +251,7 @@ class Scaling(Pointwise):
     @staticmethod
     def formula(s, b, head_dim=None, scale='head_dim'): return scaled(s, scale, head_dim) + b
 
+# %% ../../nbs/layers/02_activations.ipynb #9808d2d1
 @register('scaling_relu')
 class ScalingReLU(Pointwise):
     "relu(s / d): kernels with a negative score are switched off."
@@ -267,6 +269,7 @@ def at_least_float32(
     "Sums over many kernels are taken in float32: half precision would lose them."
     return x.float() if x.dtype in (torch.half, torch.bfloat16) else x
 
+# %% ../../nbs/layers/02_activations.ipynb #58039a5a
 def masked_norm(
     logits: Tensor,    # (..., n, m), float32 or float64
     mask: Tensor,      # bool, broadcasts to (..., n, m)
@@ -342,6 +345,7 @@ class OverLength(Pointwise):
     "f(s / sqrt(d)) over the number of kernels (Wortsman et al., arXiv 2309.08586)."
     over_n, normalization = True, 'Length'
 
+# %% ../../nbs/layers/02_activations.ipynb #29814379
 @register('relu')
 class ReLU(OverLength):
     "relu(s') / n (arXiv 2309.08586)."
@@ -351,6 +355,7 @@ class ReLU(OverLength):
     def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
         return np.maximum(scaled(s, scale, head_dim), 0) / len(s) + b
 
+# %% ../../nbs/layers/02_activations.ipynb #01d7bef9
 @register('relu_squared')
 class SquaredReLU(OverLength):
     "relu(s')^2 / n (arXiv 2202.10447, 2309.08586)."
@@ -371,6 +376,7 @@ class GELU(OverLength):
         s = scaled(s, scale, head_dim)
         return s * (1 + erf(s / math.sqrt(2))) / 2 / len(s) + b
 
+# %% ../../nbs/layers/02_activations.ipynb #94c801f4
 @register('relu6')
 class ReLU6(OverLength):
     "min(relu(s'), 6) / n (arXiv 2309.08586)."
@@ -380,6 +386,7 @@ class ReLU6(OverLength):
     def formula(s, b, head_dim=None, scale='sqrt_head_dim'):
         return np.clip(scaled(s, scale, head_dim), 0, 6) / len(s) + b
 
+# %% ../../nbs/layers/02_activations.ipynb #5dd13eb7
 @register('softplus')
 class Softplus(OverLength):
     "log(1 + exp(s')) / n (arXiv 2309.08586)."

@@ -117,12 +117,14 @@ def make_table(self: TokenMixer,
     self.register_parameter('relative_position_bias_table', table)
     self.reset_parameters()
 
+# %% ../../nbs/layers/05_attention.ipynb #8f79541a
 @patch
 def reset_parameters(self: TokenMixer) -> None:
     "Start the position table as timm does; layers know their own start."
     if self.relative_position_bias_table is not None:
         trunc_normal_(self.relative_position_bias_table, std=.02)
 
+# %% ../../nbs/layers/05_attention.ipynb #4dd1553b
 @patch
 def make_output(self: TokenMixer,
     proj_bias: bool = True,   # bias of the output projection
@@ -148,6 +150,7 @@ def make_taps(self: TokenMixer,
     width = parts * others * self.num_heads * self.head_dim
     if others: self.taps = nn.Linear(self.dim, width, bias=bias, device=device, dtype=dtype)
 
+# %% ../../nbs/layers/05_attention.ipynb #5ebdd376
 @patch
 def neighbors(self: TokenMixer,
     mask: Tensor | None, # bool, what this call allows
@@ -157,6 +160,7 @@ def neighbors(self: TokenMixer,
     from vitdynconv.layers.kxk import Neighbors
     return Neighbors(self.live_grid or self.grid_size, self.kernel_size, self.num_prefix_tokens, mask)
 
+# %% ../../nbs/layers/05_attention.ipynb #f76f1fe3
 @patch
 def widen(self: TokenMixer,
     x: Tensor,              # (b, n, dim) tokens
@@ -193,6 +197,7 @@ def bias_and_mask(self: TokenMixer,
     if additive and mask.dtype != torch.bool: return mask, None
     return None, as_selection(mask)
 
+# %% ../../nbs/layers/05_attention.ipynb #b6c88820
 @patch
 def select(self: TokenMixer,
     q: Tensor,                # (b, h, n, d) queries
@@ -212,11 +217,13 @@ def bank_is_grid(self: TokenMixer) -> bool:
     soft = self.selection is not None and not self.selection.hard
     return isinstance(getattr(self, 'act', None), nn.Module) and self.grid_size is not None and not soft
 
+# %% ../../nbs/layers/05_attention.ipynb #b648d877
 @patch
 def resize_weights(self: TokenMixer, weight: Tensor, new_grid: tuple[int, int]) -> Tensor:
     "Per-kernel weights of the mixer's grid for another one: (n, ...) to (n', ...)"
     return resize_per_kernel(weight, self.grid_size, new_grid, self.num_prefix_tokens)
 
+# %% ../../nbs/layers/05_attention.ipynb #d8157147
 def resize_activation(
     # an activation, changed in place; modules that know no `resized_parameters` stay as they are
     act: nn.Module,
@@ -242,6 +249,7 @@ def activation_on_grid(
         return torch.func.functional_call(act, resized, (logits,), dict(bias=bias, mask=mask))
     return on_grid
 
+# %% ../../nbs/layers/05_attention.ipynb #d4f1122b
 def with_dropout(
     act: Callable,   # an activation
     drop: nn.Module, # dropout on its weights
@@ -265,6 +273,7 @@ def set_grid_size(self: TokenMixer,
     if self.bank_is_grid(): resize_activation(self.act, partial(self.resize_weights, new_grid=new))
     self.grid_size = new
 
+# %% ../../nbs/layers/05_attention.ipynb #11087ac3
 @patch
 def set_window_size(self: TokenMixer, window_size: int | tuple) -> None:
     "timm's name for `set_grid_size`: Swin's blocks call it when the input size changes."
@@ -349,6 +358,7 @@ def bank_size(self: TokenMixer) -> int | None:
     if self.selection is not None and not self.selection.hard: return self.selection.num_kernels
     return None if self.grid_size is None else self.num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
 
+# %% ../../nbs/layers/05_attention.ipynb #b4ff2b62
 @patch
 def takes_additive_masks(self: DynamicConvAttention) -> bool:
     """May a mask of 0 and -100 stay a bias? Where it enters the logits and kernels compete; sigmoid counts
@@ -356,6 +366,7 @@ def takes_additive_masks(self: DynamicConvAttention) -> bool:
     if self.selection is not None or self.kernel_size > 1: return False   # both look at True and False
     return getattr(self.act, 'bias_in_logits', False) and getattr(self.act, 'communication', False)
 
+# %% ../../nbs/layers/05_attention.ipynb #02eaade8
 @patch
 def current_activation(self: DynamicConvAttention) -> Callable:
     "The activation as this pass needs it: on the grid of the image at hand, and with dropout in training."
@@ -376,6 +387,7 @@ def copy_module(
             if isinstance(value, Tensor) and not value.is_leaf: memo[id(value)] = value.detach().clone()
     return copy.deepcopy(module, memo)
 
+# %% ../../nbs/layers/05_attention.ipynb #7f08a4b2
 def is_plain_linear(
     layer: nn.Module,
 ) -> bool:

@@ -142,6 +142,7 @@ def check_groups(in_channels: int, out_channels: int, groups: int) -> None:
             raise ValueError(f'{groups} groups do not divide {name}={channels}; '
                              f'choose groups among the common divisors of {in_channels} and {out_channels}')
 
+# %% ../../nbs/layers/07_dynconv.ipynb #91ff77ec
 @patch
 def reset_parameters(self: DynamicConv) -> None:
     "Every kernel of the bank starts as an `nn.Conv2d` would, the router at its first temperature."
@@ -150,6 +151,7 @@ def reset_parameters(self: DynamicConv) -> None:
     bound = self.weight[0, 0].numel() ** -.5
     if self.bias is not None: nn.init.uniform_(self.bias, -bound, bound)
 
+# %% ../../nbs/layers/07_dynconv.ipynb #0ab33334
 @patch
 def extra_repr(self: DynamicConv) -> str:
     m, o, i = self.weight.shape[:3]
@@ -183,6 +185,7 @@ def coefficients(self: DynamicConv,
     scores = at_least_float32(self.router(x.flatten(2).mean(2)))
     return (scores * MILLION / self.temperature_millionths).softmax(-1).to(x.dtype)
 
+# %% ../../nbs/layers/07_dynconv.ipynb #ae19a3a1
 @patch
 def literal(self: DynamicConv,
     x: Tensor, # (b, in, *map)
@@ -197,6 +200,7 @@ def literal(self: DynamicConv,
         y = y + coefficient * conv(x, kernel, bias, **self.options)
     return y
 
+# %% ../../nbs/layers/07_dynconv.ipynb #e0343f02
 @patch
 def forward(self: DynamicConv,
     x: Tensor, # (b, in, *map)
@@ -232,6 +236,7 @@ def anneal(self: DynamicConv,
     self.set_temperature(start + (end - start) * done)
     return self.temperature
 
+# %% ../../nbs/layers/07_dynconv.ipynb #6f23a85b
 def anneal(
     model: nn.Module, # any model
     epoch: float,     # epochs done
@@ -252,6 +257,7 @@ def check_generated(kernel_size: tuple, per: str) -> None:
         shown = kernel_size if len(set(kernel_size)) > 1 else kernel_size[0]
         raise ValueError(f'kernel_size={shown} has no center; choose odd sizes')
 
+# %% ../../nbs/layers/07_dynconv.ipynb #14c835b8
 @register_notrace_module
 class GeneratedConv2d(nn.Module):
     """A standard convolution whose whole kernel one linear layer makes: `k^2 D^3` generator weights (section
@@ -277,6 +283,7 @@ def kernels(self: GeneratedConv2d,
     "The kernels that the generator makes of this image."
     return self.generator(x).unflatten(1, (self.dim, -1))
 
+# %% ../../nbs/layers/07_dynconv.ipynb #ca580f84
 @patch
 def forward(self: GeneratedConv2d,
     x: Tensor, # (b, dim, h, w)
@@ -289,6 +296,7 @@ def forward(self: GeneratedConv2d,
     patches = F.unfold(x, k, padding=k // 2).unflatten(2, x.shape[2:])       # (b, dim * k * k, h, w)
     return torch.einsum('boihw,bihw->bohw', kernels, patches)
 
+# %% ../../nbs/layers/07_dynconv.ipynb #7ffd6dca
 @patch
 def literal(self: GeneratedConv2d,
     x: Tensor, # (b, dim, h, w)
@@ -406,6 +414,7 @@ def make_pool(self: DynamicDepthwiseConv) -> nn.Module:
     if self.per == 'image': return (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)[self.ndim - 1](1)
     return (nn.AvgPool1d, nn.AvgPool2d)[self.ndim - 1](1, self.stride)
 
+# %% ../../nbs/layers/07_dynconv.ipynb #bea4219a
 @patch
 def make_generator(self: DynamicDepthwiseConv,
     reduction: int | None,               # squeeze; None for one linear layer
@@ -432,6 +441,7 @@ def kernels(self: DynamicDepthwiseConv,
     "The kernels that the generator makes of this image."
     return self.generator(x).unflatten(1, (self.groups, -1))
 
+# %% ../../nbs/layers/07_dynconv.ipynb #df086574
 @patch
 def add_bias(self: DynamicDepthwiseConv,
     y: Tensor, # (b, c, *out)
@@ -440,6 +450,7 @@ def add_bias(self: DynamicDepthwiseConv,
     if self.bias is None: return y
     return y + self.bias.reshape(-1, *[1] * self.ndim)
 
+# %% ../../nbs/layers/07_dynconv.ipynb #f76f272f
 @patch
 def forward(self: DynamicDepthwiseConv,
     x: Tensor, # (b, c, *map)
@@ -481,10 +492,12 @@ class DynamicDepthwiseConv1d(DynamicDepthwiseConv):
     "D-DW-Conv over sequences: (b, c, n) to (b, c, ceil(n / stride))."
     ndim = 1
 
+# %% ../../nbs/layers/07_dynconv.ipynb #7afe37b5
 class DynamicDepthwiseConv2d(DynamicDepthwiseConv):
     "D-DW-Conv over feature maps: (b, c, h, w) to (b, c, ceil(h / stride), ceil(w / stride))."
     ndim = 2
 
+# %% ../../nbs/layers/07_dynconv.ipynb #a2e056ef
 class Involution2d(DynamicDepthwiseConv2d):
     "Involution: kernels for each position, shared by groups of channels (arXiv 2103.06255, section 3)."
     def __init__(self,

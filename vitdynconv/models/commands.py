@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['vdc_convert', 'model_for', 'table3_for_people', 'with_decimals', 'vdc_cost', 'check_request', 'table_rows',
-           'model_rows']
+           'cost_rows']
 
 # %% ../../nbs/models/13_commands.ipynb #cm00im
 from difflib import get_close_matches
@@ -118,7 +118,7 @@ def vdc_cost(
                        class_token=False if no_class_token else None)
         check_request(table, model, variant, input_size, form, convention, by)
         for path, option in (csv, '--csv'), (json, '--json'): check_target(path, option)
-        rows = table_rows() if table else model_rows(model, variant, input_size, form, convention, by)
+        rows = table_rows() if table else cost_rows(model, variant, input_size, form, convention, by)
         print(format_table(table3_for_people(rows) if table else with_decimals(rows, '12,.3f')))
         save_rows(with_decimals(rows, '.9f'), csv=csv)
         save_rows(rows, json=json)
@@ -157,7 +157,7 @@ def table_rows() -> list[dict]:
     from vitdynconv.models.formulas import table3
     return table3()
 
-def model_rows(model: str, variant: dict, input_size: int | None, form: str, convention: str,
+def cost_rows(model: str, variant: dict, input_size: int | None, form: str, convention: str,
                by: str | None) -> list[dict]:
     "One row for the model, or one for each of its modules or operators."
     from vitdynconv.models.cost import CONVENTIONS, count

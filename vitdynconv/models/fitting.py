@@ -24,6 +24,7 @@ def factor_pairs(n: int) -> list[tuple[int, int]]:
         if n % a == 0: pairs += [(a, n // a), (n // a, a)]
     return pairs
 
+# %% ../../nbs/models/07_fitting.ipynb #8163da7f
 def grid_like(
     grids: list[tuple[int, int]], # candidates
     like: tuple[int, int],        # a grid
@@ -37,6 +38,7 @@ def grids_of_table(rows: int) -> list[tuple[int, int]]:
     "Grids whose relative position table has so many rows."
     return [((a + 1) // 2, (b + 1) // 2) for a, b in factor_pairs(rows) if a % 2 and b % 2]
 
+# %% ../../nbs/models/07_fitting.ipynb #17c2382b
 def grid_in(
     weights: dict[str, Tensor], # of one mixer
     mixer: nn.Module,           # the mixer that shall have them
@@ -67,6 +69,7 @@ def on_grid_of(
     moving.set_grid_size(new)
     return moving.state_dict()
 
+# %% ../../nbs/models/07_fitting.ipynb #db11abb1
 def fits(state: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:
     "Have two state dicts the same names and shapes?"
     return {n: w.shape for n, w in state.items()} == {n: w.shape for n, w in weights.items()}
@@ -95,6 +98,7 @@ def first_convolution(model: nn.Module) -> str | None:
     convs = (f'{path}.weight' for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
     return next(convs, None)
 
+# %% ../../nbs/models/07_fitting.ipynb #cecc2e8f
 def with_channels(
     weight: Tensor, # (out, channels, h, w) of a first convolution
     in_chans: int,  # channels wanted
@@ -106,6 +110,7 @@ def with_channels(
     if channels == 3: return adapt_input_conv(in_chans, weight)
     return weight.sum(1, keepdim=True).expand(-1, in_chans, -1, -1) / in_chans
 
+# %% ../../nbs/models/07_fitting.ipynb #801ce8d3
 def with_shape(
     name: str,        # of a weight
     weight: Tensor,   # the file's
@@ -130,11 +135,13 @@ def head_names(model: nn.Module) -> tuple:
     heads = heads if isinstance(heads, (tuple, list)) else (heads,)
     return tuple(n for n, m in model.named_modules() if m in heads)
 
+# %% ../../nbs/models/07_fitting.ipynb #9d48202a
 def without_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     "The weights that do not belong to a classifier."
     starts = tuple(f'{name}.' for name in head_names(model))
     return {n: w for n, w in state.items() if not n.startswith(starts)}
 
+# %% ../../nbs/models/07_fitting.ipynb #d537f453
 def is_finished(model: nn.Module, state: dict[str, Tensor]) -> bool:
     "Has a file the weights of this very model, apart from sizes and classifier?"
     return without_heads(state, model).keys() == without_heads(model.state_dict(), model).keys()
@@ -159,6 +166,7 @@ def checkpoint_filter_fn(
             raise ValueError(f'{path} of the file does not fit: {" ".join(str(e).split())}') from e
     return with_shapes(state | adapted, model)
 
+# %% ../../nbs/models/07_fitting.ipynb #32f61ee4
 def with_shapes(
     state: dict[str, Tensor], # weights, the mixers' resized
     model: nn.Module,
@@ -193,7 +201,3 @@ def check_names(
                        + ' that the model lacks')
     raise ValueError(f'the file {" and ".join(reasons)}; build the model with the settings that the file '
                      'was made with')
-
-def is_finished(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    "Has a file the weights of this very model, apart from sizes and classifier?"
-    return without_heads(state, model).keys() == without_heads(model.state_dict(), model).keys()

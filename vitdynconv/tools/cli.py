@@ -115,10 +115,12 @@ def is_dead_process(error: BaseException) -> bool:
     if type(error).__name__ in DEAD_PROCESS_CLASSES: return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in DEAD_PROCESS)
 
+# %% ../../nbs/tools/03_cli.ipynb #710c8fb6
 def is_out_of_memory(error: BaseException) -> bool:
     "Does this error say that the memory of the machine or of the GPU is full?"
     return isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError'
 
+# %% ../../nbs/tools/03_cli.ipynb #49f52fe8
 def is_full_disk(error: BaseException) -> bool:
     "Does this error say that the disk is full? torch says it in the words of its zip writer."
     if isinstance(error, OSError): return error.errno in FULL_DISK
@@ -142,6 +144,7 @@ def explain_error(
     if isinstance(error, (ValueError, OSError)): return said, 2
     return None
 
+# %% ../../nbs/tools/03_cli.ipynb #47a057af
 def explain_missing(error: ModuleNotFoundError) -> tuple[str, int] | None:
     "The install line of an optional package; None if the missing module is one of the library's."
     package = (error.name or '').partition('.')[0]
@@ -204,6 +207,7 @@ def whole_number(text: str) -> int:
     try: return int(text)
     except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number') from None
 
+# %% ../../nbs/tools/03_cli.ipynb #8f98492f
 def number(text: str) -> float:
     "A finite float from a command line."
     try: value = float(text)
@@ -221,6 +225,7 @@ def without_none(
     if typing.get_origin(kind) not in (typing.Union, types.UnionType): return kind
     return next(part for part in typing.get_args(kind) if part is not type(None))
 
+# %% ../../nbs/tools/03_cli.ipynb #3eeb3cfc
 def argument_settings(
     option: Option, # one of a command
 ) -> dict:          # keyword arguments of ArgumentParser.add_argument
@@ -282,6 +287,7 @@ def runs_as_module(func: Callable) -> bool:
     "Is the module that defines `func` the one that Python runs, as with `python -m`?"
     return func.__module__ == '__main__' and not hasattr(builtins, 'get_ipython')
 
+# %% ../../nbs/tools/03_cli.ipynb #0381e87e
 def runs_as_script(func: Callable) -> bool:
     "Is the program that runs the console script named after `func`?"
     return Path(sys.argv[0]).stem == func.__name__ and not hasattr(builtins, 'get_ipython')

@@ -102,6 +102,7 @@ def read_history(
             rows.append({name: float(text) if text else None for name, text in row.items()})
     return rows
 
+# %% ../../nbs/viz/01_curves.ipynb #26e1bfeb
 def history_line(
     histories: list[list[dict]], # of one or several runs
     column: str,                 # of the histories

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .figures import PANEL, mark_patch
-from .photo import TABLE2, PhotoMixer, photograph, run_activations
+from .photo import SHOWN_ACTIVATIONS, PhotoMixer, photograph, run_activations
 from .theme import PIXELS_PER_INCH, SCALE, Sheet, mark, place, shown
 
 # %% ../../nbs/viz/05_explorer.ipynb #d6b52371
@@ -101,6 +101,7 @@ def pack(
     integers = (values.detach() / scale).round().numpy().astype('<i2')
     return dict(data=base64.b64encode(integers.tobytes()).decode(), scale=scale)
 
+# %% ../../nbs/viz/05_explorer.ipynb #69858d59
 def unpack(
     packed: dict, # from pack
 ) -> Tensor:      # (numbers,) float64
@@ -122,7 +123,7 @@ def network_data(
                              'the page runs diagonal ones, as PhotoMixer makes them')
         tensors[name] = weight.diagonal().clone()
     factors = {}
-    for name in TABLE2:
+    for name in SHOWN_ACTIVATIONS:
         fitted = mixer.set_activation(name).block.out.weight[0, 0]
         factors[name] = (fitted / tensors['out'][0]).item()
     mixer.set_activation(before)
@@ -343,6 +344,7 @@ class Page(str):
     def _repr_html_(self) -> str: return str(self)
     def __repr__(self) -> str: return f'Page of {len(self):,} characters'
 
+# %% ../../nbs/viz/05_explorer.ipynb #b288d24b
 def explore_page(
     photo: Tensor | None = None,             # (1, 3, H, W), sides divisible by 8; the flower if None
     position: tuple[int, int] | None = None, # (row, column) at the start; the middle if None

@@ -79,6 +79,7 @@ def view_dynamic_conv(
     return SystemView('D-Conv', bank, f'static: {len(share)}', share[None], 'soft: predicted',
                       centre, f'{in_channels} → {out_channels}, dense', kernel[0, 0])
 
+# %% ../../nbs/viz/04_systems.ipynb #36891bf5
 def view_dynamic_depthwise(
     conv: nn.Module,           # DynamicDepthwiseConv2d, one kernel per position
     x: Tensor,                 # (1, D, h, w)
@@ -100,6 +101,7 @@ def window_mask(
     columns = torch.arange(w).repeat(h) // window
     return (rows[:, None] == rows) & (columns[:, None] == columns)
 
+# %% ../../nbs/viz/04_systems.ipynb #6c64e538
 @torch.no_grad()
 def five_views(
     mixer: PhotoMixer,         # a photograph as a network

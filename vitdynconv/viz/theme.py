@@ -90,6 +90,7 @@ def draw_box(
     sheet.base.add_patch(box)
     sheet.words(x, y, text, color=WORD[kind], fontsize=10, zorder=6)
 
+# %% ../../nbs/viz/00_theme.ipynb #2805f79e
 def draw_arrow(
     sheet: Sheet,
     *points: tuple[float, float], # (x, y), inches
@@ -107,6 +108,7 @@ def colour_limit(
     "The largest absolute value, or 1 if all are zero: where the scale of colours ends."
     return values.abs().max().item() or 1.
 
+# %% ../../nbs/viz/00_theme.ipynb #c741cf77
 def place(
     sheet: Sheet,
     name: str,                # under which shown finds it
