@@ -16,7 +16,7 @@ from inspect import signature
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..tools.testing import Difference
+from ..tools.testing import Difference, largest
 
 # %% ../../nbs/framework/02_reference.ipynb #6493b826
 def slope(
@@ -52,12 +52,13 @@ def difference_from_reference(
         raise ValueError(f'the outputs have shapes {tuple(actual.shape)} and {expected.shape}; compare computations of one shape')
     cotangent = unit_direction(expected.shape, seed=0) * math.sqrt(expected.size)
     grads = torch.autograd.grad(actual, list(tensors.values()), torch.tensor(cotangent).to(actual), materialize_grads=True)
-    gradients = 0.
+    found, wanted = [], []
     for seed, (name, grad) in enumerate(zip(tensors, grads), 1):
         direction = unit_direction(grad.shape, seed)
-        found = float((grad.double().numpy() * direction).sum())
-        gradients = max(gradients, abs(found - slope(reference, arrays, name, direction, cotangent)))
-    return Difference(float(np.abs(actual.detach().double().numpy() - expected).max()), gradients)
+        found.append((grad.double() * torch.tensor(direction)).sum())
+        wanted.append(slope(reference, arrays, name, direction, cotangent))
+    gradients = largest([(torch.stack(found), torch.tensor(wanted, dtype=torch.float64))])
+    return Difference(largest([(actual.detach().double(), torch.tensor(expected))]), gradients)
 
 # %% ../../nbs/framework/02_reference.ipynb #2a6dfd32
 def parameter_names(
