@@ -43,7 +43,8 @@ def strided_rows(
 # %% ../../nbs/layers/09_strided.ipynb #strd0012
 @register_notrace_module
 class StridedAttention(DynamicConvAttention):
-    "Self-attention as dynamic convolutions with a stride (section 5, future work): queries on a coarse map, kernels from every position of the fine one."
+    """Self-attention as dynamic convolutions with a stride (section 5, future work): queries on a coarse map,
+    kernels from every position of the fine one."""
     def __init__(self,
         dim: int,                   # channels of a token, D
         num_heads: int = 8,         # heads h
@@ -53,7 +54,8 @@ class StridedAttention(DynamicConvAttention):
         **attention,                # all else as for `DynamicConvAttention`
     ):
         check_stride(stride)
-        if grid_size is None: raise ValueError(f'stride={stride} needs grid_size=(H, W), the map that shrinks')
+        if grid_size is None:
+            raise ValueError(f'stride={stride} needs grid_size=(H, W), the map that shrinks')
         super().__init__(dim, num_heads, grid_size=grid_size, **attention)
         self.stride, self.out_dim = stride, out_dim or dim
         old = self.proj
@@ -86,7 +88,8 @@ def forward(self: StridedAttention,
     "Static conv, strided dynamic conv, activation, dynamic conv, static conv."
     q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
     q, k = self.q_norm(q), self.k_norm(k)
-    bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal, self.takes_additive_masks())
+    bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
+                                    self.takes_additive_masks())
     near = self.neighbors(mask)
     if near is not None:
         q = near.read(q)                                          # (b, h, n, d * taps)
@@ -102,7 +105,8 @@ def forward(self: StridedAttention,
 def with_table(self: StridedAttention,
     bias: Tensor | None, # of this call, rows kept
 ) -> dict:               # `bias` and `position` for the backend
-    "The position table: as it is without a stride; its matrix with the rows kept where queries and kernels differ in number."
+    """The position table: as it is without a stride; its matrix with the rows kept where queries and kernels
+    differ in number."""
     position = self.position()
     if position is None or self.stride == 1: return dict(bias=bias, position=position)
     rows = self.strided(position.bias())                          # (h, n', n)
@@ -115,5 +119,7 @@ def add_on_coarse_map(self: StridedAttention,
 ) -> Tensor:         # (b, h, n', d)
     "The second dynamic convolution slides over what the first one made: the coarse map."
     if self.stride == 1: return near.add(y)
-    if near.links is not None: raise ValueError('kernels of k x k with a stride take no mask: neighbors on the coarse map are others than on the fine one')
+    if near.links is not None:
+        raise ValueError('kernels of k x k with a stride take no mask: neighbors on the coarse map are '
+                         'others than on the fine one')
     return Neighbors(self.out_grid, self.kernel_size, self.num_prefix_tokens).add(y)
