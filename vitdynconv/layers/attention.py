@@ -378,18 +378,22 @@ def copy_module(
 
 def hooks_of(
     module: nn.Module, # any module
-) -> list[str]:        # what it does besides its class's `forward`: torch's collections of hooks that are not empty
+) -> list[str]:        # torch's collections of hooks that are not empty, and a `forward` of its own
     "What would be lost if a module made of the same weights took its place."
-    def acts(name): return name.endswith('hooks') and ('forward' in name or 'backward' in name)
-    own = ['a forward of its own'] if 'forward' in vars(module) else []
-    return own + [name.strip('_').replace('_', ' ') for name, found in vars(module).items() if acts(name) and found]
+    found = ['a forward of its own'] if 'forward' in vars(module) else []
+    for name, hooks in vars(module).items():
+        acts = 'forward' in name or 'backward' in name
+        if acts and name.endswith('hooks') and hooks: found.append(name.strip('_').replace('_', ' '))
+    return found
 
 def is_plain(
     layer: nn.Module,
     cls: type = nn.Linear,
 ) -> bool:
-    "Is this a layer of exactly this class, with nothing but a weight and a bias: no parametrization, adapter, quantisation or hook?"
-    return type(layer) is cls and set(layer.state_dict()) <= {'weight', 'bias'} and not hooks_of(layer)
+    """Is this a layer of exactly this class, with nothing but a weight and a bias: no parametrization,
+    adapter, quantisation or hook?"""
+    only = set(layer.state_dict()) <= {'weight', 'bias'}
+    return type(layer) is cls and only and not hooks_of(layer)
 
 # %% ../../nbs/layers/05_attention.ipynb #layersz1
 @torch.no_grad()

@@ -88,8 +88,10 @@ class ConvNeXtBackbone(Backbone):
         super().check_mixer(path, mixer)
         if isinstance(mixer, MapMixer) or is_plain(mixer, nn.Conv2d): return
         weights = ', '.join(mixer.state_dict()) or 'no weights'
-        raise ValueError(f'{path} is a {type(mixer).__module__}.{type(mixer).__name__} with {weights}; only a plain nn.Conv2d can be exchanged: '
-                         'merge or remove the parametrization, adapter or quantisation first, or start from the model as it was')
+        kind = f'{type(mixer).__module__}.{type(mixer).__name__}'
+        raise ValueError(f'{path} is a {kind} with {weights}; only a plain nn.Conv2d can be '
+                         'exchanged: merge or remove the parametrization, adapter or '
+                         'quantisation first, or start from the model as it was')
 
     def place(self, path):
         grid = self.grids()[path.partition('.blocks')[0]]

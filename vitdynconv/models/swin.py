@@ -150,10 +150,12 @@ class SwinBackbone(Backbone):
             if other is old: set_module(self.model, path, block)
 
     def share(self, path: str, first: str) -> None:
-        "Put the mixer that stands at `first` at another place as well, without windows if it has none."
+        """Put the mixer that stands at `first` at another place as well, without windows if it
+        has none there."""
         mixer, own = self.model.get_submodule(first), self.block_of(path)
         whole = isinstance(self.block_of(first), WholeMapBlock)
-        if whole and not isinstance(own, WholeMapBlock): self.put_whole(self.place(path), mixer)
+        if whole and not isinstance(own, WholeMapBlock):
+            self.put_whole(self.place(path), mixer)
         else: own.attn = mixer
 
 # %% ../../nbs/models/03_swin.ipynb #bb012pr
