@@ -93,6 +93,16 @@ def test_other_channels_and_a_headless_file(name, body, settings, tmp_path):
     assert_kept(grey, old)
 
 
+@pytest.mark.parametrize('channels', [1, 2, 5])
+def test_other_channels_than_three_answer_alike_to_equal_ones(channels, tmp_path):
+    "A picture whose channels are all equal looks the same to a stem of five channels and to one of fewer."
+    old = stirred(built(DEIT, VIT, {}, in_chans=5))
+    torch.save(old.state_dict(), tmp_path/'old.pth')
+    new = built(DEIT, VIT, {}, checkpoint=tmp_path/'old.pth', in_chans=channels).eval()
+    grey = images(DEIT, SMALL, 1)
+    assert_equal(new(grey.expand(-1, channels, -1, -1)), old(grey.expand(-1, 5, -1, -1)), tol=1e-5)
+
+
 @every_finished
 def test_a_published_model_is_fetched_at_another_size(name, body, settings, tmp_path):
     old = stirred(built(name, body, settings))
