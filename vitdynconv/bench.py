@@ -78,8 +78,7 @@ def vdc_bench(
     amp: bool = False,           # bfloat16 instead of float32
     compile: bool = False,       # torch.compile: both sides of the suite model; one more row per core
 ):
-    """Measure the library against the matrix products, PyTorch's fused attention, timm's models, a bare loop
-    and timm's loader."""
+    "Measure the library against matrix products, fused attention, timm's models and loader, and a bare loop."
     check_options(suite, device,
                   dict(threads=(threads, 0), seconds=(seconds, 0), batch=(batch, 1), workers=(workers, 0)))
     check_target(csv, '--csv')

@@ -142,7 +142,8 @@ def operators(layernorm: int = 5) -> dict[str, OperatorRule]:
         '_convolution': OperatorRule(conv_flop_jit, written), '_convolution_mode': OperatorRule(conv_macs, written),
         'einsum': OperatorRule(einsum_flop_jit, written),
         'scaled_dot_product_attention': OperatorRule(attention_macs, attention_acts),
-        'batch_norm': OperatorRule(batchnorm_flop_jit), 'mul': OperatorRule(multiply_macs), 'mul_': OperatorRule(multiply_macs)}
+        'batch_norm': OperatorRule(batchnorm_flop_jit),
+        'mul': OperatorRule(multiply_macs), 'mul_': OperatorRule(multiply_macs)}
     for name in FIRST_IS_LEFT: rules[name] = OperatorRule(product_macs, written)
     for name in SECOND_IS_LEFT: rules[name] = OperatorRule(partial(product_macs, left=1), written)
     for name, weight in NORMS.items(): rules[name] = OperatorRule(partial(norm_macs, each=layernorm, weight=weight))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAP', 'COLUMN', 'PANEL', 'stack', 'between_columns', 'activation_name', 'draw_banks', 'draw_block', 'draw_layers',
-           'place_bank', 'draw_pair', 'draw_merge', 'panel_places', 'mark_patch', 'draw_channels', 'draw_selection',
-           'draw_position', 'draw_icon', 'draw_card']
+           'place_bank', 'pair_words', 'draw_pair', 'draw_merge', 'panel_places', 'mark_patch', 'draw_channels',
+           'draw_selection', 'draw_position', 'draw_icon', 'draw_card']
 
 # %% ../../nbs/viz/03_figures.ipynb #70c140f1
 import io
@@ -150,6 +150,17 @@ def place_bank(
     ax = place(sheet, name, bank.T, 2.3, y, 2.2, .95, title)
     mark(ax, d / 2 - .5, marked, d, max(1, n / 100))
 
+# %% ../../nbs/viz/03_figures.ipynb #ff7942ae
+def pair_words(
+    logits: Tensor,  # (n,) answers of the kernels
+    weights: Tensor, # (n,) what the activation makes of them
+    best: int,       # the kernel that is marked
+) -> str:
+    "The arithmetic of the kernel that is marked."
+    weight = f'{weights[best]:.3f}'
+    product = rf'$q_i\cdot k_{{{best}}}$ = {logits[best]:.2f}'
+    return rf'marked, kernel {best}:  {product}, weight {weight}, adds {weight} $v_{{{best}}}$ to $y_i$'
+
 # %% ../../nbs/viz/03_figures.ipynb #3248f97c
 def draw_pair(
     q: Tensor,                               # (n, d) queries of one head
@@ -187,10 +198,7 @@ def draw_pair(
     sheet.words(2.1, upper + middle, r'$\cdot$', fontsize=16)
     sheet.words(4.85, lower + middle, r'$\times$', fontsize=14)
     draw_box(sheet, x, (upper + high + lower - .25) / 2, activation_name(activation), 'activation')
-    weight = f'{weights[best]:.3f}'
-    product = rf'$q_i\cdot k_{{{best}}}$ = {logits[best]:.2f}'
-    term = rf'{product}, weight {weight}, adds {weight} $v_{{{best}}}$ to $y_i$'
-    sheet.words(3.3, sheet.get_figheight() - .2, f'marked, kernel {best}:  {term}')
+    sheet.words(3.3, sheet.get_figheight() - .2, pair_words(logits, weights, best))
     return sheet
 
 # %% ../../nbs/viz/03_figures.ipynb #8be84771
