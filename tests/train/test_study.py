@@ -6,12 +6,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from vitdynconv import study_plan
+from vitdynconv.study import plan as study_plan
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models.paper import TABLE2
-from vitdynconv.study_plan import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of
-from vitdynconv.study_measures import Finding, area, epochs_to, interval, measure, paired, verdict
-from vitdynconv.study_runs import best_rate, run_study, study_model
+from vitdynconv.study.plan import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of
+from vitdynconv.study.measures import Finding, area, epochs_to, interval, measure, paired, verdict
+from vitdynconv.study.runs import best_rate, run_study, study_model
 
 COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence"
 TINY = Plan(rows=(ROWS[-1],), seeds=(1,), rates=(1e-3, 2e-3), epochs=1, copies=1)
@@ -77,7 +77,7 @@ def test_a_job_that_fails_is_named_and_the_rest_is_kept(tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "vitdynconv.study", "--plan", "quick", "--out", str(tmp_path/"out"), "--workers", "1"]
+    command = [sys.executable, "-W", "ignore", "-m", "vitdynconv.study.command", "--plan", "quick", "--out", str(tmp_path/"out"), "--workers", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as run:
         while not list((tmp_path/"out"/"runs").glob("*.csv")): time.sleep(.2); assert run.poll() is None
         os.killpg(run.pid, signal.SIGINT)                                            # as a terminal does: to every process of the group
@@ -108,7 +108,7 @@ def test_the_committed_runs_are_complete():
 def test_wrong_arguments_cost_nothing(tmp_path, words, complaint):
     (tmp_path/"taken").write_text("")
     words = [word.format(file=tmp_path/"taken") for word in words]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "vitdynconv.study", *words], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "vitdynconv.study.command", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["taken"]
 
