@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROW', 'SMALL', 'ROWS', 'QUICK_ROWS', 'PLANS', 'PACKAGES', 'Row', 'row_of', 'Plan', 'Job', 'trials_of', 'jobs_of',
-           'processor', 'cores', 'describe', 'read_description', 'in_short', 'check_same', 'open_study']
+           'processor', 'cores', 'describe', 'read_description', 'in_short', 'check_same', 'check_out_folder',
+           'open_study']
 
 # %% ../../nbs/study/00_plan.ipynb #3aa98890
 import dataclasses
@@ -157,6 +158,15 @@ def check_same(
             raise ValueError(f'{out} holds another study: {name} is {there} there '
                              f'and {in_short(value)} here; choose another --out')
 
+# %% ../../nbs/study/00_plan.ipynb #8da3e144
+def check_out_folder(
+    out,  # folder, which may be new
+) -> None:
+    "ValueError if it is a file, or belongs to a training run."
+    refuse_training_run(out)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f'--out {out} is a file; name a folder, which may be new')
+
 # %% ../../nbs/study/00_plan.ipynb #8da3e145
 def open_study(
     plan: Plan,
@@ -166,9 +176,7 @@ def open_study(
     out = Path(out)
     file = out / 'study.json'
     runs = out / 'runs'
-    refuse_training_run(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f'--out {out} is a file; name a folder, which may be new')
+    check_out_folder(out)
     wanted = describe(plan)
     if file.exists(): return check_same(out, read_description(file), wanted)
     if runs.exists() and any(runs.iterdir()):
