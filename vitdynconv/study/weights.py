@@ -117,7 +117,7 @@ class EpochLine(Callback):
     "A line for each epoch, with the time that is left."
     order = 90
 
-    def __init__(self, name: str): self.name = name
+    def __init__(self, title: str): self.title = title
 
     def before_fit(self): self.started = time.perf_counter()
 
@@ -125,7 +125,7 @@ class EpochLine(Callback):
         done = self.epoch + 1 - self.learn.first_epoch
         left = (time.perf_counter() - self.started) / done * (self.n_epoch - self.epoch - 1) / 60
         row = self.learn.history[-1]
-        print(f'{self.name}: epoch {self.epoch + 1} of {self.n_epoch}, accuracy {row["accuracy"]:.2%}, '
+        print(f'{self.title}: epoch {self.epoch + 1} of {self.n_epoch}, accuracy {row["accuracy"]:.2%}, '
               f'about {left:.0f} min left', flush=True)
 
 # %% ../../nbs/study/04_weights.ipynb #ww15ex
