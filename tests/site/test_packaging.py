@@ -43,7 +43,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     code = {p for p in wheel if not p.startswith(info)}
     ours = [*(ROOT/"vitdynconv").rglob("*.py"), *(ROOT/"vitdynconv/bundled").iterdir()]
     assert code == {str(p.relative_to(ROOT)) for p in ours}
-    assert sum(path.endswith(".safetensors") for path in code) == 7 and "vitdynconv/bundled/LICENSE-fashion-mnist.txt" in code
+    assert "vitdynconv/bundled/LICENSE-fashion-mnist.txt" in code
 
 
 def test_wheel_says_what_settings_say(wheel):

@@ -6,5 +6,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     plan="PLANS ROW ROWS Job Plan Row",
     runs="run_study study_model train_run",
     measures="Finding draw_verdicts measure verdict",
+    predictions="findings holm judge",
+    weights="train_weights",
     command="vdc_study",
 )

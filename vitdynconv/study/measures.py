@@ -37,26 +37,28 @@ def area(
     return float(sum((a + b) / 2 for a, b in zip(losses, losses[1:])) / (len(losses) - 1))
 
 # %% ../../nbs/study/03_measures.ipynb #0948d2b8
-THRESHOLDS = (2.0, 1.5)  # training losses; ln 10 = 2.30 is chance
+THRESHOLDS = (2.0, 1.5)  # training losses of the digits; ln 10 = 2.30 is chance
 
 def measure_run(
     run: pd.DataFrame,  # lines of one run
+    thresholds=THRESHOLDS,
 ) -> pd.Series:         # its measures
     "What one run came to."
     run = run.sort_values('epoch')
     losses = run.train_loss.tolist()
     last = run.iloc[-1]
-    found = {f'epochs to {t:g}': epochs_to(losses, t) for t in THRESHOLDS}
+    found = {f'epochs to {t:g}': epochs_to(losses, t) for t in thresholds}
     found |= {'area': area(losses), 'accuracy': 100 * last.accuracy}
     found |= {'final loss': last.train_loss, 'peak_lr': last.peak_lr}
     return pd.Series(found)
 
 def measure(
     lines: pd.DataFrame,  # of `history.csv`
+    thresholds=THRESHOLDS,
 ) -> pd.DataFrame:        # one line for each run: the row, its seed, the measures
     "What each run came to."
     runs = lines.groupby(ROW + ['seed'], sort=False)
-    return runs.apply(measure_run, include_groups=False).reset_index()
+    return runs.apply(measure_run, thresholds=thresholds, include_groups=False).reset_index()
 
 # %% ../../nbs/study/03_measures.ipynb #443daedd
 def label(row) -> str:

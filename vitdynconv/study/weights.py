@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from torch import nn
 import vitdynconv
 from ..data.fashion import fashion_dls, sample_images
-from ..models.bundled import BODIES, weights_path
+from ..models.bundled import BODIES, file_name
 from ..train.build import recipe_model, run_images
 from ..train.checkpoint import Checkpoints, load_checkpoint, restore, save_weights
 from ..train.evaluate import evaluate
@@ -136,7 +136,7 @@ def train_weights(
     out = Path(out)
     files = []
     for one in wanted():
-        file = out / weights_path(*one).name
+        file = out / file_name(one[0], variant_name(one))
         files.append(file)
         if file.exists(): continue
         record = train_network(weights_recipe(*one), out / 'state' / file.stem, file)
