@@ -34,8 +34,15 @@ deep_rel = net('vit', 'scaling', kernel='depthwise')
 deep_swin = net('swin', 'scaling', kernel='depthwise')
 
 # %% ../../nbs/study/05_predictions.ipynb #pr09ex
-def table2(claim, numbers, row, other, expected, minus=None) -> Finding:
-    "A prediction about accuracy; `numbers` are those of the paper."
+def table2(
+    claim: str,        # in our words
+    numbers: str,      # of the paper
+    row: Row,
+    other: Row,        # compared with
+    expected: str,     # 'less', 'more' or 'as good'
+    minus=None,        # two more rows whose difference is taken off
+) -> Finding:
+    "A prediction about accuracy."
     table = 3 if 'epth-wise' in claim else 2
     return Finding(claim, f'Table {table}: {numbers}', row, other, 'accuracy', expected, minus)
 
