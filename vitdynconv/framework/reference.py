@@ -15,7 +15,6 @@ from inspect import signature
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..layers.selection import Selection
 from ..tools.testing import Difference, largest
 
 # %% ../../nbs/framework/02_reference.ipynb #6493b826
@@ -351,7 +350,7 @@ def kernel_attention(
 
 # %% ../../nbs/framework/02_reference.ipynb #008b488a
 def selection_mask(
-    selection: Selection,  # its `reference` is asked, nothing else
+    selection,             # an object of a class in `SELECTIONS`: its `reference` is asked, nothing else
     grid: tuple[int, int],
 ) -> np.ndarray | Callable: # (n, n) bool, or a function of the logits
     "The mask of a hard selection of the registry, in NumPy."
