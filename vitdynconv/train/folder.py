@@ -10,11 +10,11 @@ import json
 import os
 import shutil
 from pathlib import Path
-from ..tools.files import replacing
+from ..tools.files import refuse_training_run, replacing
 from .record import LOCK, RunLock, check_free
 
 # %% ../../nbs/train/08_folder.ipynb #896e5e22
-START_FILES = ('recipe.json', 'run.json', 'last.ckpt', 'events.out.', LOCK)  # how the names of the first files of a run begin
+START_FILES = ('recipe.json', 'run.json', 'last.ckpt', '.last.ckpt.tmp', 'events.out.', LOCK)  # how the first files of a run are named
 
 def is_unfinished(
     folder: Path, # that exists
@@ -33,6 +33,7 @@ def check_out(
     "Raise ValueError if `folder` cannot become a new run; writes nothing."
     folder = Path(folder)
     if folder.is_file(): raise ValueError(f'out={str(folder)!r} is a file; give a new folder')
+    refuse_training_run(folder.absolute().parent)
     check_free(folder)
     if folder.is_dir() and any(folder.iterdir()) and not is_unfinished(folder):
         raise ValueError(f'out={str(folder)!r} is not empty; give a new folder, or go on with --resume {folder}')

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.all import *
 from tqdm import tqdm
-from .checkpoint import RunStopped
+from .checkpoint import Diverged, RunStopped
 from ..tools.files import replacing
 from ..viz.curves import draw_curves
 
@@ -100,7 +100,7 @@ class FiniteLoss(Callback):
         reason = f'the loss is {loss} at step {step} (epoch {self.epoch + 1}), learning rate {rate:.3g}'
         checkpoints = getattr(self.learn, 'checkpoints', None)
         if checkpoints: reason += f'; last good checkpoint: {checkpoints.last_good}'
-        raise RunStopped(reason)
+        raise Diverged(reason)
 
 # %% ../../nbs/train/05_logbook.ipynb #56ae4ac1
 def plot_curves(
