@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import settings
 from PIL import Image
 from safetensors import safe_open
 
 from vitdynconv import load_run, predict
+from vitdynconv.bench import vdc_bench
 from vitdynconv.demo import vdc_demo
+from vitdynconv.framework.commands import vdc_equiv
+from vitdynconv.models.commands import vdc_convert, vdc_cost
 from vitdynconv.train.evaluate import vdc_eval
 from vitdynconv.train.export import vdc_export
 from vitdynconv.train.prediction import vdc_predict
+from vitdynconv.train.recipes import RECIPES
 from vitdynconv.train.record import LOCK, RunLock
 from vitdynconv.train.run import vdc_train
 from vitdynconv.study import vdc_study
@@ -131,6 +136,31 @@ def test_an_export_that_differs_is_not_written(home, tmp_path, monkeypatch, caps
     monkeypatch.setattr(export, "torch_program", lambda run: torch.export.export(torch.nn.Flatten(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)))
     with pytest.raises((SystemExit, RuntimeError)): vdc_export(run=str(home/"RUN"), format="torch", out=str(tmp_path/"out.pt2"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_pictures_it_gets_wrong_are_shown(home):
+    import numpy as np
+    picture = np.asarray(Image.open(home/"RUN/mistakes.png").convert("RGB"))
+    assert picture.shape[1] > 600 and picture.std() > 20
+
+
+def test_the_average_of_a_short_run_remembers_a_part_of_it(home):
+    "Ten steps with a decay of .99 would leave the average where it began."
+    recipe = json.loads((home/"RUN/recipe.json").read_text())
+    assert recipe["ema_decay"] == 0 and RECIPES["pictures"].ema_decay == .99
+    from vitdynconv.train.run import fit_to_pictures
+    assert fit_to_pictures(RECIPES["pictures"].replace(epochs=200), home/"pictures", {}).ema_decay == pytest.approx(1 - 10 / 1000)
+    assert fit_to_pictures(RECIPES["pictures"], home/"pictures", {"ema_decay"}).ema_decay == .99
+
+
+def test_a_plan_counts_and_writes_nothing(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    before = sorted(home.rglob("*"))
+    vdc_train(data="pictures", plan=True, out="PLANNED", gpus=2, gpu_memory=8., batch_size="8", **SMALL)
+    said = capsys.readouterr().out
+    assert "30 training images, 3 classes; 2 epochs, 6 steps" in said and "it fits" in said and "measured here" in said
+    for word in "weights", "gradients", "moments", "backward pass", "GPU hours", "cores": assert word in said
+    assert sorted(home.rglob("*")) == before
 
 
 # Changed data
@@ -254,7 +284,30 @@ WRONG = {
     "options that would be ignored": [
         (vdc_train, dict(resume="RUN", recipe="digits")), (vdc_train, dict(resume="RUN", epochs="3")), (vdc_train, dict(resume="RUN", set="lr=1")),
         (vdc_train, dict(resume="RUN", out="NEW")), (vdc_train, dict(resume="RUN", reader="hfds/x")), (vdc_train, dict(out="NEW", changed_data=True)),
-        (vdc_eval, dict(checkpoint="RUN/model.safetensors", weights="ema")),
+        (vdc_eval, dict(checkpoint="RUN/model.safetensors", weights="ema")), (vdc_train, dict(out="NEW", lr="1", set="lr=2")), (vdc_train, dict(out="NEW", gpus=8)),
+        (vdc_train, dict(plan=True, resume="RUN")), (vdc_train, dict(resume="auto")), (vdc_train, dict(out="RUN", resume="auto", data="pictures", epochs="3")),
+        (vdc_train, dict(resume="RUN/last.ckpt", lr="1e-4")), (vdc_train, dict(resume="RUN/last.ckpt", out="NEW", depth="2", epochs="9")),
+        (vdc_train, dict(resume="RUN/last.ckpt", out="NEW", recipe="digits")), (vdc_cost, dict(table=3, activation="ln")), (vdc_cost, dict(table=3, input_size=96)),
+    ],
+    "a folder or a file of a run": [
+        (vdc_train, dict(out="RUN/part", data="pictures")), (vdc_demo, dict(out="RUN")), (vdc_study, dict(out="RUN/study")), (vdc_eval, dict(checkpoint="RUN", csv="RUN/history.csv")),
+        (vdc_predict, dict(images=["pictures"], run="RUN", json="RUN/run.json")), (vdc_export, dict(run="RUN", format="timm", out="RUN/model.safetensors")),
+        (vdc_export, dict(run="RUN", format="hf", out="RUN/hub")), (vdc_convert, dict(model="deit_tiny_patch16_224", out="RUN/best.safetensors")),
+        (vdc_cost, dict(model="deit_tiny_patch16_224", csv="RUN/history.csv")), (vdc_bench, dict(csv="RUN/history.csv")), (vdc_bench, dict(out="RUN")),
+        (vdc_equiv, dict(json="RUN/recipe.json")),
+    ],
+    "the other commands": [
+        (vdc_demo, dict(out="text")), (vdc_demo, dict(out="NEW", epochs=-1)), (vdc_demo, dict(out="NEW", variants="soft")), (vdc_demo, dict(out="NEW", variants="")),
+        (vdc_demo, dict(out="NEW", threads=0)), (vdc_demo, dict(out="NEW", seed=-1)), (vdc_study, dict(out="NEW", plan="x")), (vdc_study, dict(out="NEW", workers=-2)),
+        (vdc_study, dict(out="text")), (vdc_equiv, dict(tol=-1.)), (vdc_equiv, dict(tol=float("nan"))), (vdc_equiv, dict(csv="empty")),
+        (vdc_cost, dict()), (vdc_cost, dict(table=2)), (vdc_cost, dict(model="deit_tin")), (vdc_cost, dict(model="deit_tiny_patch16_224", input_size=7)),
+        (vdc_cost, dict(model="deit_tiny_patch16_224", by="x")), (vdc_cost, dict(model="deit_tiny_patch16_224", activation="sofmax")),
+        (vdc_cost, dict(model="deit_tiny_patch16_224", kernel="dense")), (vdc_cost, dict(model="resnet18", activation="ln")),
+        (vdc_convert, dict(model="deit_tiny_patch16_224")), (vdc_convert, dict(model="deit_tiny_patch16_224", out="x.bin")), (vdc_convert, dict(model="nope", out="x.safetensors")),
+        (vdc_convert, dict(model="deit_tiny_patch16_224", out="x.safetensors", checkpoint="text")), (vdc_convert, dict(model="deit_tiny_patch16_224", out="nowhere/x.safetensors")),
+        (vdc_convert, dict(model="resnet18", out="x.safetensors")), (vdc_bench, dict(suite="nope")), (vdc_bench, dict(csv="empty")), (vdc_bench, dict(threads=-1)),
+        (vdc_bench, dict(batch=0)), (vdc_bench, dict(seconds=-1.)), (vdc_bench, dict(device="tpu")), (vdc_bench, dict(out="text")),
+        (vdc_train, dict(plan=True, gpus=0)), (vdc_train, dict(plan=True, recipe="deit_s", gpus=3)), (vdc_train, dict(plan=True, data="nowhere")),
     ],
 }
 CASES = [(kind, *case) for kind, cases in WRONG.items() for case in cases]
@@ -282,4 +335,6 @@ def test_wrong_input_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, 
     assert not (place/"NEW").exists()
 
 
-def test_there_are_sixty_of_them(): assert len(CASES) >= 60
+def test_there_are_sixty_of_them_over_all_commands():
+    scripts = dict(script.split("=") for script in settings()["console_scripts"].split())
+    assert len(CASES) >= 60 and {command.__name__ for _, command, _ in CASES} == set(scripts)

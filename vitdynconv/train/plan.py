@@ -16,6 +16,7 @@ from timm.optim import create_optimizer_v2
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import IterableDataset
 from ..models.cost import count
 from ..tools.cli import format_table
 from .build import recipe_model
@@ -115,7 +116,7 @@ def decoding_speed(loader, most=32) -> float:
     data = loader.dataset
     count = min(most, len(data))
     start = time.perf_counter()
-    for number in range(count): data[number]
+    for number in range(count): data[0, number]      # the random numbers of epoch 0
     return count / (time.perf_counter() - start)
 
 def planned_images(recipe, data: str, reader='') -> PlannedImages:
@@ -125,7 +126,7 @@ def planned_images(recipe, data: str, reader='') -> PlannedImages:
     dls = recipe_dls(recipe.replace(workers=0), data, reader)
     found = PlannedImages(len(dls.train_ds), len(dls.vocab), len(dls.train_ds.mean), 0., 'nothing is decoded')
     if data in ('', 'fashion'): return found
-    if not hasattr(dls.train_ds, '__getitem__'): return PlannedImages(dls.train_ds.total, found.classes, found.channels)
+    if isinstance(dls.train_ds, IterableDataset): return PlannedImages(dls.train_ds.total, found.classes, found.channels)
     found.decoded, found.source = decoding_speed(dls.train), 'measured here'
     return found
 
