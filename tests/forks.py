@@ -12,7 +12,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["vitdynconv.train.session", "vitdynconv.train.evaluate", "vitdynconv.train.ending", "matplotlib.backends.backend_agg"])
-COMMANDS = {"vdc_train": "vitdynconv.train.run", "vdc_eval": "vitdynconv.train.evaluate"}
+COMMANDS = {"vdc_train": "run", "vdc_eval": "evaluate", "vdc_predict": "prediction", "vdc_export": "export"}
 
 
 def run_here(command, words, folder, out, errors, environment):
@@ -26,7 +26,7 @@ def run_here(command, words, folder, out, errors, environment):
     os.chdir(folder)
     os.environ.update(environment)
     sys.argv = [command, *words]
-    getattr(importlib.import_module(COMMANDS[command]), command)()
+    getattr(importlib.import_module(f"vitdynconv.train.{COMMANDS[command]}"), command)()
 
 
 def free_port():

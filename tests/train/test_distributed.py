@@ -24,7 +24,7 @@ from vitdynconv.train.recipes import RECIPES
 from vitdynconv.train.build import recipe_dls, recipe_model
 
 # no drop path and no mixing: those are drawn by each process, and would differ from one process's
-EVEN = ['--epochs', '2', '--batch_size', '64', '--set', 'lr_batch_size=64 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']
+EVEN = ['--epochs', '2', '--batch_size', '128', '--set', 'lr_batch_size=128 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']
 
 
 @pytest.fixture(scope='module')
