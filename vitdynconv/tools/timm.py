@@ -28,7 +28,8 @@ def run_words(words: list):
     "The command line of this module."
     if not words: exit_with_message('vitdynconv.tools.timm', f'give a script: {USAGE}')
     script, *arguments = words
-    if not Path(script).is_file(): exit_with_message('vitdynconv.tools.timm', f'there is no script {script}: {USAGE}')
+    if not Path(script).is_file():
+        exit_with_message('vitdynconv.tools.timm', f'there is no script {script}: {USAGE}')
     run_script(script, arguments)
 
 if runs_as_module(run_words): run_words(sys.argv[1:])

@@ -105,7 +105,8 @@ def is_lost_process(error: BaseException) -> bool:
     "Does the error come from the exchange between processes?"
     import torch.distributed as dist
     several = dist.is_available() and dist.is_initialized()
-    return several and isinstance(error, RuntimeError) and bool(re.search('gloo|nccl', str(error), re.IGNORECASE))
+    return several and isinstance(error, RuntimeError) and bool(re.search('gloo|nccl', str(error),
+                                                                          re.IGNORECASE))
 
 def last_line(
     error: BaseException,  # that ended a run
@@ -113,7 +114,8 @@ def last_line(
 ) -> tuple | None:         # (line, exit code); None for a mistake of this library
     "What ended a run, and how to go on."
     from vitdynconv.train.checkpoint import Diverged, RunStopped
-    if isinstance(error, Diverged): return f'{error.reason}; a lower rate may help: {lower_rate_command(folder)}', 1
+    if isinstance(error, Diverged):
+        return f'{error.reason}; a lower rate may help: {lower_rate_command(folder)}', 1
     begun = is_training_run(folder)
     go_on = f'go on with: {resume_command(folder)}' if begun else 'nothing was written'
     kept = f'{folder/"last.ckpt"} holds the finished epochs; ' if begun else ''
@@ -136,5 +138,6 @@ def watched(
     except (Exception, KeyboardInterrupt, Terminated) as error:
         answer = last_line(error, Path(folder))
         if answer is None or os.environ.get('VITDYNCONV_TRACEBACK'): raise
-        alone = isinstance(error, (KeyboardInterrupt, RunStopped, ValueError))  # all processes have it, or the first one only
+        alone = isinstance(error, (KeyboardInterrupt, RunStopped,
+                                   ValueError))  # all processes have it, or the first one only
         end_run(name, *answer, everyone=not alone)

@@ -25,7 +25,8 @@ def read_weights(
     path = Path(path)
     if weights not in ('model', 'ema'): raise ValueError(f'weights={weights!r}: choose model or ema')
     if path.suffix == '.safetensors':
-        if weights == 'ema': raise CheckpointError(f'{path} holds one set of weights: --weights ema is for a .ckpt')
+        if weights == 'ema':
+            raise CheckpointError(f'{path} holds one set of weights: --weights ema is for a .ckpt')
         return read_safetensors(path)
     state = load_checkpoint(path)
     if not state[weights]: raise CheckpointError(f'{path} has no {weights} weights: its recipe averages none')
@@ -46,7 +47,8 @@ def read_safetensors(
     except safetensors.SafetensorError as error:
         raise CheckpointError(f'{path} is damaged or no safetensors file: {error}') from error
     if 'recipe' not in header:
-        raise CheckpointError(f'{path} names no recipe, so its model is unknown; vdc_train writes files that do')
+        raise CheckpointError(f'{path} names no recipe, so its model is unknown; vdc_train writes files that '
+                              'do')
     recipe = stored_recipe(path, json_format.loads(header['recipe']))
     return recipe, tensors, json_format.loads(header.get('run', '{}'))
 
@@ -91,7 +93,8 @@ def evaluate(
     loss, top1, among5 = learn.validate()
     seconds = time.perf_counter() - start
     images = getattr(dls.valid, 'total', len(dls.valid.dataset))
-    return dict(top1=top1, top5=among5, loss=loss, images=images, images_per_second=round(images / seconds, 1))
+    return dict(top1=top1, top5=among5, loss=loss, images=images,
+                images_per_second=round(images / seconds, 1))
 
 # %% ../../nbs/train/11_evaluate.ipynb #4572de93
 def evaluation_data(

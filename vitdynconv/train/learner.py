@@ -121,7 +121,8 @@ def values_for(
 
 # %% ../../nbs/train/03_learner.ipynb #f2f71870
 class DepthGroups(OptimWrapper):
-    "A PyTorch optimizer as fastai reads it: one parameter list and one set of hyperparameters for each depth."
+    """A PyTorch optimizer as fastai reads it: one parameter list and one set of hyperparameters for each
+    depth."""
     @property
     def depths(self) -> list[list[dict]]: # torch's groups of each depth, the decaying one last
         found = {}

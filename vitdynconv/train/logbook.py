@@ -22,7 +22,8 @@ from ..viz.curves import draw_curves
 
 # %% ../../nbs/train/05_logbook.ipynb #4d39d36e
 def peak_memory(device) -> float:
-    "Most memory held so far, in GB: of the GPU, or of this process on a CPU; NaN where the system does not tell."
+    """Most memory held so far, in GB: of the GPU, or of this process on a CPU; NaN where the system does
+    not tell."""
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e9
     try: resource = importlib.import_module('resource')
     except ImportError: return math.nan
@@ -57,7 +58,8 @@ class Measures(Callback):
 
 # %% ../../nbs/train/05_logbook.ipynb #4fb3bccb
 class StepLog(Measures):
-    "Every `every` steps, and at the last, a line with speed, waiting, learning rate, gradient norm and memory."
+    """Every `every` steps, and at the last, a line with speed, waiting, learning rate, gradient norm and
+    memory."""
     def __init__(self, every=50): store_attr()
     def after_batch(self):
         step = self.learn.iter + 1

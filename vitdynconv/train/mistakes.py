@@ -124,7 +124,8 @@ class Mistakes(Callback):
     def write(self, tally):
         data = self.dls.valid_ds
         classes = [str(name) for name in self.dls.vocab]
-        figure = draw_mistakes(tally, classes, data.mean, data.std, f'held-out pictures, epoch {self.epoch + 1}')
+        figure = draw_mistakes(tally, classes, data.mean, data.std,
+                               f'held-out pictures, epoch {self.epoch + 1}')
         try:
             with replacing(self.target) as file: figure.savefig(file, format='png', dpi=80, facecolor='white')
         except OSError as error: raise RunStopped(f'cannot write {self.target.name} ({error})') from error

@@ -126,7 +126,8 @@ def planned_images(recipe, data: str, reader='') -> PlannedImages:
     dls = recipe_dls(recipe.replace(workers=0), data, reader)
     found = PlannedImages(len(dls.train_ds), len(dls.vocab), len(dls.train_ds.mean), 0., 'nothing is decoded')
     if data in ('', 'fashion'): return found
-    if isinstance(dls.train_ds, IterableDataset): return PlannedImages(dls.train_ds.total, found.classes, found.channels)
+    if isinstance(dls.train_ds, IterableDataset):
+        return PlannedImages(dls.train_ds.total, found.classes, found.channels)
     found.decoded, found.source = decoding_speed(dls.train), 'measured here'
     return found
 
@@ -137,7 +138,8 @@ def run_cost(recipe, images: PlannedImages, gmacs: float, gpus: int, gpu_speed: 
     seconds = 3 * gmacs * 1e9 * steps * recipe.batch_size / (gpu_speed * 1e12)
     speed = steps * recipe.batch_size / seconds * gpus if seconds else 0.
     cores = math.ceil(speed / images.decoded) if images.decoded else 0
-    return dict(steps=steps, gpu_hours=seconds / 3600, hours=seconds / 3600 / gpus, images_per_second=speed, cores=cores)
+    return dict(steps=steps, gpu_hours=seconds / 3600, hours=seconds / 3600 / gpus, images_per_second=speed,
+                cores=cores)
 
 # %% ../../nbs/train/17_plan.ipynb #plan0023
 def memory_rows(memory: StepMemory, batch: int) -> list:
@@ -170,9 +172,11 @@ def plan_of(
     from vitdynconv.train.run import planned_recipe
     recipe = planned_recipe(fields, options)
     if recipe.batch_size % (gpus * recipe.grad_accum):
-        raise ValueError(f'batch_size={recipe.batch_size} does not split over {gpus} GPUs x grad_accum={recipe.grad_accum}')
+        raise ValueError(f'batch_size={recipe.batch_size} does not split over {gpus} GPUs x '
+                         f'grad_accum={recipe.grad_accum}')
     images = planned_images(recipe, options['data'], options['reader'])
-    recipe = recipe.replace(num_classes=recipe.num_classes or images.classes, in_chans=images.channels, pretrained=False)
+    recipe = recipe.replace(num_classes=recipe.num_classes or images.classes, in_chans=images.channels,
+                            pretrained=False)
     with torch.device('meta'): model = recipe_model(recipe)
     memory = step_memory(model, recipe, gpus)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6

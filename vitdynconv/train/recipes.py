@@ -156,7 +156,8 @@ class Recipe(Machine, Augmentation, Regularization, Schedule, ModelSize, ModelSe
             wrong.append(f'batch_size={self.batch_size} gives odd parts, '
                          'but images are mixed in pairs: make it even')
         if self.shard and (self.amp == 'fp16' or self.channels_last or self.compile):
-            wrong.append("shard=True does not go with amp='fp16', channels_last or compile: leave them out, or take amp='bf16'")
+            wrong.append("shard=True does not go with amp='fp16', channels_last or compile: leave them out, "
+                         "or take amp='bf16'")
         owners = self.owners('model') | dict(pretrained='pretrained')
         for name in set(self.model_args) & set(owners):
             wrong.append(f'model_args holds {name!r}: set the field {owners[name]} of the recipe')

@@ -60,7 +60,8 @@ def class_changes(
     gone = [name for name in before if name not in now]
     new = [name for name in now if name not in before]
     if not gone and not new: return f'the classes are numbered in another order: {now[:5]}, not {before[:5]}'
-    parts = [f'without {", ".join(gone[:5])}' if gone else '', f'with the unknown {", ".join(new[:5])}' if new else '']
+    parts = [f'without {", ".join(gone[:5])}' if gone else '',
+             f'with the unknown {", ".join(new[:5])}' if new else '']
     return f'the data have {len(now)} classes, the weights {len(before)}: ' + ' and '.join(part for part in parts if part)
 
 # %% ../../nbs/train/07_record.ipynb #cdb5d93c
@@ -115,7 +116,8 @@ def same_file(file, path) -> bool:
 
 # %% ../../nbs/train/07_record.ipynb #c0dfa990
 class RunLock:
-    "The right to write into the folder of a run. ValueError, which names the holder, if another process has it."
+    """The right to write into the folder of a run. ValueError, which names the holder, if another process
+    has it."""
     def __init__(self, folder):
         self.path = Path(folder)/LOCK
         self.file = self.open()

@@ -24,7 +24,8 @@ def choose_recipe(
     settings,   # dict: field -> text or None
     extra='',   # more of the kind 'field=value field=value'
 ) -> Recipe:
-    "A recipe by name or file, with fields changed. ValueError for a name, a field or a value that does not exist."
+    """A recipe by name or file, with fields changed. ValueError for a name, a field or a value that does
+    not exist."""
     if name in RECIPES: recipe = RECIPES[name]
     elif Path(name).is_file(): recipe = Recipe.load(name)
     else: raise ValueError(f'recipe={name!r}: choose from {", ".join(RECIPES)}, or give a recipe.json')
@@ -65,7 +66,8 @@ def fit_to_pictures(
     fitting = max(2, images // STEPS // 2 * 2)
     if 'batch_size' not in given and fitting < recipe.batch_size: found['batch_size'] = fitting
     steps = recipe.epochs * (images // found.get('batch_size', recipe.batch_size))
-    found['ema_decay'] = round(min(recipe.ema_decay, max(0., 1 - MEMORY / steps)), 4) if steps else recipe.ema_decay
+    found['ema_decay'] = round(min(recipe.ema_decay,
+                                   max(0., 1 - MEMORY / steps)), 4) if steps else recipe.ema_decay
     return recipe.replace(**{name: value for name, value in found.items() if name not in given})
 
 # %% ../../nbs/train/10_run.ipynb #9cb5a359
@@ -77,7 +79,8 @@ def read_record(
     try: record = json.loads(path.read_text())
     except FileNotFoundError: raise ValueError(f'{path} is missing: it says where the data are') from None
     except ValueError as error: raise ValueError(f'{path} is damaged: {error}') from error
-    complete = isinstance(record, dict) and all(isinstance(record.get(name), str) for name in ('data', 'reader'))
+    complete = isinstance(record, dict) and all(isinstance(record.get(name),
+                                                           str) for name in ('data', 'reader'))
     if not complete: raise ValueError(f'{path} is incomplete: data and reader have to be there')
     return record
 
@@ -100,7 +103,8 @@ def read_run(
     from vitdynconv.train.evaluate import stored_recipe
     other = recipe.differences(stored_recipe(folder/'last.ckpt', checkpoint['recipe']))
     if other:
-        raise CheckpointError(f'{folder/"last.ckpt"} belongs to a run with another {", ".join(other)} than recipe.json')
+        raise CheckpointError(f'{folder/"last.ckpt"} belongs to a run with another {", ".join(other)} than '
+                              'recipe.json')
     return recipe, record, checkpoint
 
 # %% ../../nbs/train/10_run.ipynb #runresum
@@ -126,7 +130,8 @@ def repeating_command(fields: dict, options: dict) -> str:
 
 # %% ../../nbs/train/10_run.ipynb #runwante
 def wanted_recipe(fields: dict, options: dict) -> Recipe:
-    "The recipe that a command line asks for. ValueError where it does not fit the data, or where there are none."
+    """The recipe that a command line asks for. ValueError where it does not fit the data, or where there
+    are none."""
     recipe = planned_recipe(fields, options)
     if options['data'] or recipe.name == 'digits': return recipe
     raise ValueError(f'recipe {recipe.name} needs --data, the root of ImageNet')
@@ -137,7 +142,8 @@ def planned_recipe(fields: dict, options: dict) -> Recipe:
     recipe = choose_recipe(options['recipe'] or usual_recipe(data), fields, options['set'])
     given = {name for name, value in fields.items() if value is not None}
     given |= {word.partition('=')[0] for word in options['set'].split()}
-    if recipe.name == 'pictures' and data and not reader and Path(data).is_dir(): return fit_to_pictures(recipe, data, given)
+    if recipe.name == 'pictures' and data and not reader and Path(data).is_dir():
+        return fit_to_pictures(recipe, data, given)
     return recipe
 
 def prepare_new(fields: dict, options: dict) -> tuple:
@@ -150,37 +156,50 @@ def prepare_new(fields: dict, options: dict) -> tuple:
 # %% ../../nbs/train/10_run.ipynb #runauto1
 def prepare_auto(fields: dict, options: dict) -> tuple:
     "Go on with the run in `--out`, or begin it, as `prepare` gives it."
-    if not options['out']: raise ValueError('--resume auto goes on with the run in --out, or begins it: name the folder')
+    if not options['out']:
+        raise ValueError('--resume auto goes on with the run in --out, or begins it: name the folder')
     folder = Path(options['out'])
     if not is_training_run(folder) or is_unfinished(folder): return prepare_new(fields, options)
     wanted = wanted_recipe(fields, options)
-    recipe, _, record, checkpoint = prepare_resume({}, dict(resume=str(folder), data=options['data'], recipe='', set='', reader=''))
+    recipe, _, record, checkpoint = prepare_resume({}, dict(resume=str(folder), data=options['data'],
+                                                            recipe='', set='', reader=''))
     if wanted.num_classes is None: wanted = wanted.replace(num_classes=recipe.num_classes)
     other = wanted.differences(recipe)
-    if other: raise ValueError(f'{folder} holds a run with another {", ".join(other)}: give the command that began it, or another --out')
+    if other:
+        raise ValueError(f'{folder} holds a run with another {", ".join(other)}: give the command that began '
+                         'it, or another --out')
     return recipe, folder, record, checkpoint
 
 # %% ../../nbs/train/10_run.ipynb #runbran1
-BRANCH_FIELDS = ('lr', 'min_lr', 'clip_grad', 'epochs', 'seed', 'amp', 'grad_accum', 'compile', 'channels_last', 'workers', 'keep_best', 'shard')
+BRANCH_FIELDS = ('lr', 'min_lr', 'clip_grad', 'epochs', 'seed', 'amp', 'grad_accum', 'compile',
+                 'channels_last', 'workers', 'keep_best', 'shard')
 
 def prepare_branch(fields: dict, options: dict) -> tuple:
     "A new run that begins from a checkpoint, with some fields changed, as `prepare` gives it."
     from vitdynconv.train.checkpoint import load_checkpoint
     from vitdynconv.train.evaluate import stored_recipe
     path = options['resume']
-    if not options['out']: raise ValueError(f'--resume {path} is a checkpoint: add --out, the folder of the run that begins from it')
+    if not options['out']:
+        raise ValueError(f'--resume {path} is a checkpoint: add --out, the folder of the run that begins '
+                         'from it')
     for name in 'recipe', 'reader':
-        if options[name]: raise ValueError(f'--{name} with --resume {path}: the checkpoint decides; leave it out')
+        if options[name]:
+            raise ValueError(f'--{name} with --resume {path}: the checkpoint decides; leave it out')
     checkpoint = load_checkpoint(path)
     before = stored_recipe(path, checkpoint['recipe'])
     recipe = changed_recipe(before, options['set'], fields)
     fixed = [name for name in recipe.differences(before) if name not in BRANCH_FIELDS]
-    if fixed: raise ValueError(f'--{fixed[0]} cannot change in the middle of a run; choose from {", ".join(BRANCH_FIELDS)}')
-    if recipe.epochs <= checkpoint['epoch']: raise ValueError(f'{path} has {checkpoint["epoch"]} epochs: add --epochs with more')
+    if fixed:
+        raise ValueError(f'--{fixed[0]} cannot change in the middle of a run; choose from '
+                         f'{", ".join(BRANCH_FIELDS)}')
+    if recipe.epochs <= checkpoint['epoch']:
+        raise ValueError(f'{path} has {checkpoint["epoch"]} epochs: add --epochs with more')
     run = checkpoint['run']
-    if 'data' not in run: raise ValueError(f'{path} does not say where its data are: vdc_train writes checkpoints that do')
+    if 'data' not in run:
+        raise ValueError(f'{path} does not say where its data are: vdc_train writes checkpoints that do')
     if options['data']: run = run | dict(data=absolute_data(options['data'], run['reader']))
-    return recipe, check_out(options['out']), run | dict(command=f'{repeating_command(fields, options)} --resume {path}'), checkpoint
+    return recipe, check_out(options['out']), run | dict(command=f'{repeating_command(fields, options)} '
+                                                                 f'--resume {path}'), checkpoint
 
 # %% ../../nbs/train/10_run.ipynb #runprepa
 def prepare(
@@ -189,11 +208,13 @@ def prepare(
 ) -> tuple:   # (recipe, folder, record or its beginning, checkpoint or None)
     "What to train and where, from the command line; ValueError for anything that does not fit together."
     out, resume = options['out'], options['resume']
-    if not resume and options['changed_data']: raise ValueError('--changed_data says how to go on: it belongs to --resume')
+    if not resume and options['changed_data']:
+        raise ValueError('--changed_data says how to go on: it belongs to --resume')
     if resume == 'auto': return prepare_auto(fields, options)
     if is_branch(resume): return prepare_branch(fields, options)
     if bool(resume) == bool(out):
-        raise ValueError('give --out for a new run, --resume for one to go on with, or --resume FILE.ckpt --out for one that begins from a checkpoint')
+        raise ValueError('give --out for a new run, --resume for one to go on with, or --resume FILE.ckpt '
+                         '--out for one that begins from a checkpoint')
     return prepare_resume(fields, options) if resume else prepare_new(fields, options)
 
 def is_branch(
@@ -227,7 +248,8 @@ def check_numbers(
 ):
     "ValueError for a number that is too small."
     for name, value in numbers.items():
-        if value is not None and not value >= least: raise ValueError(f'--{name} {value}: give a number from {least}')
+        if value is not None and not value >= least:
+            raise ValueError(f'--{name} {value}: give a number from {least}')
 
 def print_plan(fields: dict, options: dict, assumed: dict):
     "What a run will cost; nothing is written."
@@ -240,10 +262,13 @@ def print_plan(fields: dict, options: dict, assumed: dict):
 # %% ../../nbs/train/10_run.ipynb #6a963b60
 @command(more_options=recipe_options())
 def vdc_train(
-    data: str = '',       # a folder, an archive, or what `--reader` reads; 'fashion'; left out: the bundled digits
-    recipe: str = '',     # deit_s, deit_b, swin_t, swin_b, digits, fashion, pictures, finetune, or a recipe.json; left out: by the data
+    # a folder, an archive, or what `--reader` reads; 'fashion'; left out: the bundled digits
+    data: str = '',
+    # deit_s, deit_b, swin_t, swin_b, digits, fashion, pictures, finetune, or a recipe.json; left out: by the data
+    recipe: str = '',
     out: str = '',        # new folder for the run
-    resume: str = '',     # folder of a run to go on with; auto: begin the run in --out, or go on with it; a .ckpt: begin from it in --out
+    # folder of a run to go on with; auto: begin the run in --out, or go on with it; a .ckpt: begin from it in --out
+    resume: str = '',
     set: str = '',        # fields of the recipe in one option: 'weight_decay=0.1 ema=yes'
     reader: str = '',     # timm reader: '' for folders and tars, hfds/NAME, wds/NAME, tfds/NAME
     log: str = '',        # tensorboard, wandb, or both with a comma
@@ -253,16 +278,19 @@ def vdc_train(
     plan: bool = False,   # train nothing: print memory, steps, cores and GPU hours of the run
     gpus: int = None,     # with --plan: how many; left out: 1
     gpu_memory: float = None, # with --plan: GB of each; left out: 80
-    gpu_speed: float = None,  # with --plan: multiply-adds that each sustains, in 10^12 per second; left out: 25
+    # with --plan: multiply-adds that each sustains, in 10^12 per second; left out: 25
+    gpu_speed: float = None,
     **fields,             # fields of the recipe, as text
 ):
     "Train a vision Transformer by one of the paper's recipes; resume a run exactly."
     check_numbers(log_every=log_every, timeout=timeout)
-    options = dict(data=data, recipe=recipe, out=out, resume=resume, set=set, reader=reader, changed_data=changed_data)
+    options = dict(data=data, recipe=recipe, out=out, resume=resume, set=set, reader=reader,
+                   changed_data=changed_data)
     assumed = dict(gpus=gpus, gpu_memory=gpu_memory, gpu_speed=gpu_speed)
     if plan: return print_plan(fields, options, assumed)
     for name, value in assumed.items():
-        if value is not None: raise ValueError(f'--{name} is an assumption of --plan: add --plan, or leave it out')
+        if value is not None:
+            raise ValueError(f'--{name} is an assumption of --plan: add --plan, or leave it out')
     prepared = prepare(fields, options)
     from vitdynconv.train.logbook import check_trackers
     settings = dict(log=check_trackers(log), log_every=log_every, timeout=timeout, changed_data=changed_data)

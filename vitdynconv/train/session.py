@@ -49,12 +49,15 @@ class BestWeights(Callback):
         history = list(self.learn.history)
         if not history or not self.recorder.train_loss.count: return
         if best_epochs(history, 1) != [self.epoch + 1]: return
-        try: save_weights(self.folder/'best.safetensors', self.better(history[-1]), self.learn.recipe, self.record)
+        try:
+            save_weights(self.folder/'best.safetensors', self.better(history[-1]), self.learn.recipe,
+                         self.record)
         except OSError as error: raise RunStopped(f'cannot write best.safetensors ({error})') from error
     def better(self, row):
         "The network, or the average of its weights if that was more accurate."
         average = getattr(self.learn, 'weight_average', None)
-        if average and (row.get('ema_accuracy') or 0.) > (row.get('accuracy') or 0.): return average.average.module
+        if average and (row.get('ema_accuracy') or 0.) > (row.get('accuracy') or 0.):
+            return average.average.module
         return get_model(self.learn.model)
 
 # %% ../../nbs/train/09_session.ipynb #6b807f2e
@@ -86,7 +89,8 @@ def watchers(
 def check_shard(recipe, world: int, checkpoint):
     "ValueError for a new run that cannot be shared; one that goes on may do so on a single process."
     if not recipe.shard or world > 1: return
-    if checkpoint is None: raise ValueError('--shard with one process: there is nothing to share; start several with torchrun')
+    if checkpoint is None:
+        raise ValueError('--shard with one process: there is nothing to share; start several with torchrun')
     print('one process: the run, which was shared by several, goes on in one piece', flush=True)
 
 # %% ../../nbs/train/09_session.ipynb #e508add1
@@ -120,7 +124,8 @@ def run_learner(
     lock = None
     if not rank: lock = RunLock(folder) if goes_on else open_run(folder, recipe, record)
     average = shard_run(model, recipe, device) if recipe.shard and world > 1 else None
-    learn = create_learner(model, dls, recipe, cbs=watchers(recipe, folder, record, log, log_every, branch), path=folder)
+    learn = create_learner(model, dls, recipe, cbs=watchers(recipe, folder, record, log, log_every, branch),
+                           path=folder)
     if average: learn.weight_average.average = average
     learn.lock = lock
     start = restore(learn, checkpoint) if checkpoint else 0

@@ -82,7 +82,8 @@ def moments_in_parts(
     for number, moments in state['state'].items():
         like = parameters[number]
         same = lambda value: isinstance(value, torch.Tensor) and value.shape == like.shape
-        found[number] = {name: in_parts(value, like) if same(value) else value for name, value in moments.items()}
+        found[number] = {name: in_parts(value, like) if same(value) else value for name,
+                         value in moments.items()}
     return state | dict(state=found)
 
 # %% ../../nbs/train/14_shard.ipynb #shard015
