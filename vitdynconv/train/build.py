@@ -53,8 +53,8 @@ def recipe_dls(
     "Loaders for a recipe; each process gets its share of the global batch."
     parts = world * recipe.grad_accum
     if recipe.batch_size % parts:
-        raise ValueError(f'batch_size={recipe.batch_size} does not split over {world} processes x grad_accum={recipe.grad_accum}; '
-                         f'take a multiple of {parts}')
+        raise ValueError(f'batch_size={recipe.batch_size} does not split over {world} processes '
+                         f'x grad_accum={recipe.grad_accum}; take a multiple of {parts}')
     common = dict(rank=rank, world=world, device=device)
     small = dict(seed=recipe.seed, size=recipe.img_size)
     part = recipe.batch_size // recipe.grad_accum
@@ -75,7 +75,8 @@ def recipe_model(
     # timm's answers to settings that it does not know or cannot combine
     except (TypeError, AssertionError) as error:
         reason = ' '.join(str(error).split()) or 'its settings do not fit together'
-        raise ValueError(f'{recipe.model} cannot be built: {reason}; change model_args, or the sizes') from error
+        words = f'{recipe.model} cannot be built: {reason}; change model_args, or the sizes'
+        raise ValueError(words) from error
 
 # %% ../../nbs/train/06_build.ipynb #86f7d70e
 def dry_step(

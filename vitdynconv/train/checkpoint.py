@@ -204,7 +204,8 @@ class Restore(Callback):
 # %% ../../nbs/train/04_checkpoint.ipynb #restor01
 def inexact_words(before: int, now: int) -> str:
     "What a run says that goes on with another number of processes."
-    return f'the run had {before} processes and has {max(now, 1)}: it goes on, but not exactly as it would have'
+    now = max(now, 1)
+    return f'the run had {before} processes and has {now}: it goes on, but not exactly as it would have'
 
 # %% ../../nbs/train/04_checkpoint.ipynb #a29674b0
 def restore(

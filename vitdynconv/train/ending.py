@@ -29,8 +29,10 @@ def resume_command(
     world = int(os.environ.get('WORLD_SIZE', 1))
     here = int(os.environ.get('LOCAL_WORLD_SIZE', world))
     if world == 1: return f'vdc_train {words}'
-    meeting = f'--nnodes {world // here} --rdzv_backend c10d --rdzv_endpoint HOST:29500 ' if world > here else ''
-    return f'torchrun {meeting}--nproc_per_node {here} -m vitdynconv.train.run {words}'
+    processes = f'--nproc_per_node {here}'
+    meeting = f'--nnodes {world // here} --rdzv_backend c10d --rdzv_endpoint HOST:29500'
+    if world > here: processes = f'{meeting} {processes}'
+    return f'torchrun {processes} -m vitdynconv.train.run {words}'
 
 # %% ../../nbs/train/16_ending.ipynb #ending10
 def earlier_checkpoint(

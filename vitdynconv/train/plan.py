@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HALF', 'RESERVED', 'IMAGENET_IMAGES', 'DECODED', 'saved_bytes', 'AttentionMemory', 'FusedAttention', 'bytes_of',
-           'moment_bytes', 'StepMemory', 'step_memory', 'PlannedImages', 'decoding_speed', 'planned_images', 'run_cost',
-           'memory_rows', 'batch_words', 'plan_of', 'plan_lines']
+           'moment_bytes', 'StepMemory', 'step_memory', 'PlannedImages', 'decoding_speed', 'planned_images', 'Gpus',
+           'RunCost', 'run_cost', 'memory_rows', 'share_of', 'batch_words', 'plan_of', 'size_words', 'time_words']
 
 # %% ../../nbs/train/17_plan.ipynb #plan0004
 import math
@@ -64,7 +64,9 @@ def moment_bytes(model, recipe) -> int:
     optimizer = create_optimizer_v2(groups, lr=0., **recipe.arguments('optimizer'))
     optimizer.step()
     model.zero_grad()
-    return bytes_of(value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    found = []
+    for state in optimizer.state.values(): found += filter(torch.is_tensor, state.values())
+    return bytes_of(found)
 
 # %% ../../nbs/train/17_plan.ipynb #plan0015
 HALF = 2 / 3       # memory for the backward pass under --amp, relative to float32: an assumption
@@ -132,14 +134,35 @@ def planned_images(recipe, data: str, reader='') -> PlannedImages:
     return found
 
 # %% ../../nbs/train/17_plan.ipynb #plan0021
-def run_cost(recipe, images: PlannedImages, gmacs: float, gpus: int, gpu_speed: float) -> dict:
-    "Steps, hours and cores of a run; `gmacs` are the multiply-adds of one image, in 10^9."
+@dataclass
+class Gpus:
+    "What a run would have."
+    count: int = 1
+    memory: float = 80.  # GB of each
+    speed: float = 25.   # multiply-adds that each sustains, in 10^12 per second
+
+@dataclass
+class RunCost:
+    "How long a run takes."
+    steps: int
+    gpu_hours: float
+    hours: float
+    images_per_second: float
+    cores: int  # that decode
+
+def run_cost(
+    recipe,
+    images: PlannedImages,
+    gmacs: float,  # multiply-adds of one image, in 10^9
+    gpus: Gpus,
+) -> RunCost:
+    "Steps, hours and cores of a run."
     steps = images.count // recipe.batch_size * recipe.epochs
-    seconds = 3 * gmacs * 1e9 * steps * recipe.batch_size / (gpu_speed * 1e12)
-    speed = steps * recipe.batch_size / seconds * gpus if seconds else 0.
+    seen = steps * recipe.batch_size
+    seconds = 3 * gmacs * 1e9 * seen / (gpus.speed * 1e12)
+    speed = seen / seconds * gpus.count if seconds else 0.
     cores = math.ceil(speed / images.decoded) if images.decoded else 0
-    return dict(steps=steps, gpu_hours=seconds / 3600, hours=seconds / 3600 / gpus, images_per_second=speed,
-                cores=cores)
+    return RunCost(steps, seconds / 3600, seconds / 3600 / gpus.count, speed, cores)
 
 # %% ../../nbs/train/17_plan.ipynb #plan0023
 def memory_rows(memory: StepMemory, batch: int) -> list:
@@ -150,49 +173,55 @@ def memory_rows(memory: StepMemory, batch: int) -> list:
     parts['all'] = memory.fixed + memory.per_image * batch
     return [dict(part=name, GB=size / 1e9) for name, size in parts.items()]
 
-def batch_words(recipe, memory: StepMemory, gpus: int, gpu_memory: float) -> str:
+def share_of(recipe, gpus: Gpus) -> int:
+    "Images that a GPU has at once. ValueError for a batch that has no such share."
+    parts = gpus.count * recipe.grad_accum
+    if recipe.batch_size % parts == 0: return recipe.batch_size // parts
+    raise ValueError(f'batch_size={recipe.batch_size} does not split over {gpus.count} GPUs '
+                     f'x grad_accum={recipe.grad_accum}; take a multiple of {parts}')
+
+def batch_words(recipe, memory: StepMemory, gpus: Gpus) -> str:
     "Whether the batch fits, and which would."
-    share = recipe.batch_size // gpus // recipe.grad_accum
-    largest = memory.largest_batch(gpu_memory * 1e9)
-    said = f'largest batch on a GPU of {gpu_memory:g} GB: {largest} images'
-    if largest >= share: return f'{said}; its share of the batch of {recipe.batch_size} is {share}: it fits'
+    share = share_of(recipe, gpus)
+    largest = memory.largest_batch(gpus.memory * 1e9)
+    said = f'largest batch on a GPU of {gpus.memory:g} GB: {largest} images'
     if not largest: return f'{said}: the network itself does not fit; add --shard, or take more GPUs'
-    parts = math.ceil(share / largest) * recipe.grad_accum
-    return f'{said}; its share of the batch of {recipe.batch_size} is {share}: add --grad_accum {parts}, or more'
+    said += f'; its share of the batch of {recipe.batch_size} is {share}'
+    if largest >= share: return f'{said}: it fits'
+    return f'{said}: add --grad_accum {math.ceil(share / largest) * recipe.grad_accum}, or more'
 
 # %% ../../nbs/train/17_plan.ipynb #plan0025
 def plan_of(
     fields: dict,    # field of the recipe -> text or None
     options: dict,   # the other arguments of `vdc_train`
-    gpus=1,          # how many there are
-    gpu_memory=80.,  # GB of each
-    gpu_speed=25.,   # multiply-adds that each sustains, in 10^12 per second
+    gpus=Gpus(),     # what there would be
 ) -> str:
     "What a run will cost, for people. ValueError where it could not begin."
     from vitdynconv.train.run import planned_recipe
     recipe = planned_recipe(fields, options)
-    if recipe.batch_size % (gpus * recipe.grad_accum):
-        raise ValueError(f'batch_size={recipe.batch_size} does not split over {gpus} GPUs x '
-                         f'grad_accum={recipe.grad_accum}')
+    share = share_of(recipe, gpus)
     images = planned_images(recipe, options['data'], options['reader'])
-    recipe = recipe.replace(num_classes=recipe.num_classes or images.classes, in_chans=images.channels,
-                            pretrained=False)
+    classes = recipe.num_classes or images.classes
+    recipe = recipe.replace(num_classes=classes, in_chans=images.channels, pretrained=False)
     with torch.device('meta'): model = recipe_model(recipe)
-    memory = step_memory(model, recipe, gpus)
-    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    memory = step_memory(model, recipe, gpus.count)
     gmacs = count(recipe_model(recipe), recipe.img_size).gflops
-    return '\n'.join(plan_lines(recipe, images, memory, size, gmacs, gpus, gpu_memory, gpu_speed))
+    counted = 'counted on the meta device' + (' (--amp: two thirds, assumed)' if recipe.amp else '')
+    table = f'memory of a step on each of {gpus.count} GPUs, {counted}\n{format_table(memory_rows(memory, share))}'
+    parts = [size_words(recipe, model, gmacs), table, batch_words(recipe, memory, gpus)]
+    return '\n'.join([*parts, time_words(run_cost(recipe, images, gmacs, gpus), recipe, images, gpus)])
 
-def plan_lines(recipe, images, memory, size, gmacs, gpus, gpu_memory, gpu_speed) -> list:
-    "The plan, line by line."
-    cost = run_cost(recipe, images, gmacs, gpus, gpu_speed)
-    share = recipe.batch_size // gpus // recipe.grad_accum
-    return [
-        f'{recipe.name}: {recipe.model}, {size:.2f} M parameters, {gmacs:.4g} G multiply-adds per image of {recipe.img_size} x {recipe.img_size}',
-        f'{images.count:,} training images, {images.classes} classes; {recipe.epochs} epochs, {cost["steps"]:,} steps',
-        '', f'memory of a step on each of {gpus} GPUs, counted on the meta device' + (' (with --amp assumed: 2/3)' if recipe.amp else ''),
-        format_table(memory_rows(memory, share)),
-        batch_words(recipe, memory, gpus, gpu_memory), '',
-        f'GPU hours: {cost["gpu_hours"]:.3g}, {cost["hours"]:.3g} on {gpus} (assumed: {gpu_speed:g}e12 multiply-adds per second, --gpu-speed changes it)',
-        f'images per second: {cost["images_per_second"]:,.0f}; cores to decode them: {cost["cores"]} '
-        f'({images.decoded:.0f} images per second and core, {images.source})']
+def size_words(recipe, model, gmacs: float) -> str:
+    "The network, in one line."
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return (f'{recipe.name}: {recipe.model}, {size:.2f} M parameters, '
+            f'{gmacs:.4g} G multiply-adds per image of {recipe.img_size} x {recipe.img_size}')
+
+def time_words(cost: RunCost, recipe, images: PlannedImages, gpus: Gpus) -> str:
+    "Steps, hours and cores, in three lines."
+    return (f'{images.count:,} training images, {images.classes} classes; '
+            f'{recipe.epochs} epochs, {cost.steps:,} steps\n'
+            f'GPU hours: {cost.gpu_hours:.3g}, that is {cost.hours:.3g} hours on {gpus.count} '
+            f'(assumed: {gpus.speed:g}e12 multiply-adds per second, --gpu-speed changes it)\n'
+            f'images per second: {cost.images_per_second:,.0f}; cores to decode them: {cost.cores} '
+            f'({images.decoded:.0f} images per second and core, {images.source})')

@@ -62,7 +62,8 @@ def class_changes(
     if not gone and not new: return f'the classes are numbered in another order: {now[:5]}, not {before[:5]}'
     parts = [f'without {", ".join(gone[:5])}' if gone else '',
              f'with the unknown {", ".join(new[:5])}' if new else '']
-    return f'the data have {len(now)} classes, the weights {len(before)}: ' + ' and '.join(part for part in parts if part)
+    said = ' and '.join(filter(None, parts))
+    return f'the data have {len(now)} classes, the weights {len(before)}: {said}'
 
 # %% ../../nbs/train/07_record.ipynb #cdb5d93c
 def data_changes(

@@ -113,8 +113,8 @@ def prepare_resume(fields: dict, options: dict) -> tuple:
     given = [name for name, value in fields.items() if value is not None]
     given += [name for name in ('recipe', 'set', 'reader') if options[name]]
     if given:
-        raise ValueError(f'--{given[0]} with --resume {options["resume"]}: a run keeps its recipe; start another one with --out, '
-                         'from a checkpoint of this one with --resume FILE.ckpt --out NEW')
+        raise ValueError(f'--{given[0]} with --resume {options["resume"]}: a run keeps its recipe; '
+                         'start another one with --out, from a checkpoint with --resume FILE.ckpt --out NEW')
     check_free(options['resume'])
     recipe, record, checkpoint = read_run(options['resume'])
     if options['data']: record = record | dict(data=absolute_data(options['data'], record['reader']))
@@ -253,21 +253,23 @@ def check_numbers(
 
 def print_plan(fields: dict, options: dict, assumed: dict):
     "What a run will cost; nothing is written."
-    from vitdynconv.train.plan import plan_of
+    from vitdynconv.train.plan import Gpus, plan_of
     if options['resume']: raise ValueError('--plan looks at a run before it begins: leave --resume out')
     check_numbers(**assumed)
+    fields_of = dict(gpus='count', gpu_memory='memory', gpu_speed='speed')
+    given = {fields_of[name]: value for name, value in assumed.items() if value is not None}
     if options['out']: check_out(options['out'])
-    print(plan_of(fields, options, **{name: value for name, value in assumed.items() if value is not None}))
+    print(plan_of(fields, options, Gpus(**given)))
 
 # %% ../../nbs/train/10_run.ipynb #6a963b60
 @command(more_options=recipe_options())
 def vdc_train(
     # a folder, an archive, or what `--reader` reads; 'fashion'; left out: the bundled digits
     data: str = '',
-    # deit_s, deit_b, swin_t, swin_b, digits, fashion, pictures, finetune, or a recipe.json; left out: by the data
+    # deit_s, deit_b, swin_t, swin_b, digits, fashion, pictures, finetune, or a recipe.json
     recipe: str = '',
     out: str = '',        # new folder for the run
-    # folder of a run to go on with; auto: begin the run in --out, or go on with it; a .ckpt: begin from it in --out
+    # a run to go on with; auto: the one in --out, new or not; a .ckpt: begin from it in --out
     resume: str = '',
     set: str = '',        # fields of the recipe in one option: 'weight_decay=0.1 ema=yes'
     reader: str = '',     # timm reader: '' for folders and tars, hfds/NAME, wds/NAME, tfds/NAME
