@@ -136,8 +136,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(straight, tmp_path):
     process.signal(signal.SIGKILL)                             # before the first step
     process.end()
     process = Running(tmp_path, '--resume', 'RUN')
-    process.wait_for('1')
-    process.signal(signal.SIGKILL)                             # in the second epoch, or writing after the first
+    process.wait_until((tmp_path/'RUN/history.csv').exists)
+    process.signal(signal.SIGKILL)                             # in the second epoch
     process.end()
     for number, code, word in (signal.SIGINT, 130, 'interrupted'), (signal.SIGTERM, 143, 'terminated'):
         process = Running(tmp_path, '--resume', 'RUN')

@@ -59,7 +59,8 @@ def save_rows(
 # %% ../../nbs/tools/01_files.ipynb #file0007
 def is_training_run(folder) -> bool:
     "Does the folder belong to a run of `vdc_train`?"
-    return (Path(folder)/'recipe.json').is_file()
+    names = [name for name in ('recipe.json', 'run.json', 'last.ckpt') if (Path(folder)/name).is_file()]
+    return 'recipe.json' in names and len(names) > 1
 
 def refuse_training_run(
     folder,          # where a command is about to write
