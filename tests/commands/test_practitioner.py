@@ -338,3 +338,75 @@ def test_wrong_input_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, 
 def test_there_are_sixty_of_them_over_all_commands():
     scripts = dict(script.split("=") for script in settings()["console_scripts"].split())
     assert len(CASES) >= 60 and {command.__name__ for _, command, _ in CASES} == set(scripts)
+
+
+# Full disks and vanished data, while a run goes
+
+TINY_RUN = SMALL | dict(epochs="1")
+WRITTEN = ["recipe.json", "run.json", "last.ckpt", "best.safetensors", "mistakes.png", "history.csv", "curves.png", "model.safetensors", "model_ema.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home):
+    vdc_train(data=str(home/"pictures"), out=str(home/"UNDISTURBED"), **TINY_RUN)
+    return home/"UNDISTURBED"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_disk_that_is_full_at_any_write_loses_nothing(home, undisturbed, tmp_path, monkeypatch, capsys, name, number):
+    "At the first or the second time that a file is written; then somebody makes room."
+    from vitdynconv.tools import files
+    times, replace = [], os.replace
+    def full(source, target):
+        if Path(target).name == name: times.append(target)
+        if Path(target).name == name and len(times) == number: raise OSError(28, "No space left on device", str(target))
+        return replace(source, target)
+    arguments = dict(data=str(home/"pictures"), out=str(tmp_path/"RUN")) | TINY_RUN
+    if number == 2 and name != "last.ckpt": pytest.skip("written once in one epoch")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        said = line(capsys, vdc_train, code=1, **arguments)
+    assert "no space left" in said.lower() and not list(tmp_path.rglob("*.tmp"))
+    if name in ("recipe.json", "run.json"):
+        assert not list(tmp_path.iterdir())
+        vdc_train(**arguments)
+    else:
+        assert f"go on with: vdc_train --resume {tmp_path/'RUN'}" in said
+        vdc_train(resume=str(tmp_path/"RUN"))
+    for weights in "model.safetensors", "model_ema.safetensors":
+        with safe_open(tmp_path/"RUN"/weights, "pt") as a, safe_open(undisturbed/weights, "pt") as b:
+            assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in b.keys())
+
+
+@pytest.mark.parametrize("part, words", [("train", "none of"), ("valid", "held-out")])
+def test_pictures_that_vanish_in_a_run_end_it_in_one_line(home, tmp_path, monkeypatch, capsys, part, words):
+    from fastai.basics import Callback
+    from vitdynconv.train import session
+    pictures = shutil.copytree(home/"pictures", tmp_path/"pictures")
+    class Vanish(Callback):
+        order = 90
+        def after_epoch(self):
+            if self.epoch: return
+            loader = getattr(self.dls, part)
+            for index in range(len(loader.dataset)): Path(loader.dataset.source.reader[loader.dataset.items[index]][0]).unlink()
+    watchers = session.watchers
+    monkeypatch.setattr(session, "watchers", lambda *words, **more: [*watchers(*words, **more), Vanish()])
+    said = line(capsys, vdc_train, code=1, data=str(pictures), out=str(tmp_path/"RUN"), **SMALL)
+    assert words in said and f"vdc_train --resume {tmp_path/'RUN'}" in said
+    assert torch.load(tmp_path/"RUN/last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_evaluation_counts_what_it_has_seen(copied, tmp_path, capsys):
+    from vitdynconv.train.build import recipe_dls
+    run = load_run(copied)
+    pictures = copied.parent/"pictures"
+    dls = recipe_dls(run.recipe, str(pictures))
+    names = [dls.valid.dataset.source.reader[index][0] for index in range(6)]
+    Path(names[0]).write_text("no picture")
+    arguments = dict(checkpoint=str(copied), data=str(pictures), json=str(tmp_path/"r.json"))
+    vdc_eval(**arguments)
+    row, = json.loads((tmp_path/"r.json").read_text())
+    assert (row["images"], row["unreadable"]) == (5, 1)
+    for name in names: Path(name).write_text("no picture")
+    assert "not one of 6 validation images can be read" in line(capsys, vdc_eval, **arguments)

@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from ..tools.cli import exit_with_message, explain_error
+from ..tools.cli import exit_with_message, explain_error, short_message
 from ..tools.files import is_training_run
 
 # %% ../../nbs/train/16_ending.ipynb #ending07
@@ -124,6 +124,7 @@ def last_line(
     if isinstance(error, RunStopped): return f'{error.reason}; {go_on}', 1
     if isinstance(error, Terminated): return f'terminated; {kept}{go_on}', 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt): return f'interrupted; {kept}{go_on}', 130
+    if 'images can be read' in str(error): return f'{short_message(error)}; {go_on}', 1
     if is_lost_process(error): return f'another process died or hangs ({str(error)[-120:]}); {go_on}', 1
     return explain_error(error, go_on)
 

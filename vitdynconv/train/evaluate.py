@@ -84,16 +84,20 @@ def evaluate(
     model,    # with its weights
     dls,      # `DataLoaders`; the second loader is run through
     recipe,   # `Recipe`
-) -> dict:    # top1, top5, loss, images, images_per_second
+) -> dict:    # top1, top5, loss, images, unreadable, images_per_second
     "Validate once, with all processes."
     from vitdynconv.train.callbacks import accuracy, top5
     from vitdynconv.train.learner import create_learner
-    learn = create_learner(model, dls, recipe.replace(ema=False, compile=False), metrics=[accuracy(), top5()])
+    counted = accuracy()
+    learn = create_learner(model, dls, recipe.replace(ema=False, compile=False), metrics=[counted, top5()])
     start = time.perf_counter()
     loss, top1, among5 = learn.validate()
     seconds = time.perf_counter() - start
-    images = getattr(dls.valid, 'total', len(dls.valid.dataset))
-    return dict(top1=top1, top5=among5, loss=loss, images=images,
+    # over all processes; what cannot be read is not among them
+    images = counted.count
+    total = getattr(dls.valid, 'total', len(dls.valid.dataset))
+    if not images: raise ValueError(f'not one of {total} validation images can be read')
+    return dict(top1=top1, top5=among5, loss=loss, images=images, unreadable=max(0, total - images),
                 images_per_second=round(images / seconds, 1))
 
 # %% ../../nbs/train/11_evaluate.ipynb #4572de93

@@ -14,7 +14,7 @@ from ..data import preflight
 from .build import dry_step, recipe_dls, recipe_model, run_images
 from .checkpoint import Checkpoints, RunStopped, best_epochs, restore, save_weights, score
 from .learner import create_learner, start_processes
-from .logbook import TRACKERS, EachEpoch, FiniteLoss, StepLog, plot_history
+from .logbook import TRACKERS, EachEpoch, FiniteLoss, HeldOut, StepLog, plot_history
 from .record import RunLock, check_classes, data_changes, record_of
 from .folder import open_run
 from .mistakes import Mistakes
@@ -83,7 +83,7 @@ def watchers(
     if not rank_distrib(): writers += [TRACKERS[name](folder, recipe) for name in log]
     checkpoints = Checkpoints(folder, recipe.keep_best, record, branch)
     saving = [checkpoints, BestWeights(folder, record), Mistakes(folder/'mistakes.png')]
-    return [StepLog(log_every), FiniteLoss(log_every), EachEpoch(*writers), *saving]
+    return [StepLog(log_every), FiniteLoss(log_every), HeldOut(), EachEpoch(*writers), *saving]
 
 # %% ../../nbs/train/09_session.ipynb #e508add2
 def check_shard(recipe, world: int, checkpoint):
