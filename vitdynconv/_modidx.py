@@ -2895,4 +2895,10 @@ d = { 'settings': { 'branch': 'main',
                                       'vitdynconv.viz.theme.ink_axes': ('viz/theme.html#ink_axes', 'vitdynconv/viz/theme.py'),
                                       'vitdynconv.viz.theme.mark': ('viz/theme.html#mark', 'vitdynconv/viz/theme.py'),
                                       'vitdynconv.viz.theme.place': ('viz/theme.html#place', 'vitdynconv/viz/theme.py'),
-                                      'vitdynconv.viz.theme.shown': ('viz/theme.html#shown', 'vitdynconv/viz/theme.py')}}}
+                                      'vitdynconv.viz.theme.shown': ('viz/theme.html#shown', 'vitdynconv/viz/theme.py')},
+            'vitdynconv.viz.trained': { 'vitdynconv.viz.trained.draw_head': ('viz/trained.html#draw_head', 'vitdynconv/viz/trained.py'),
+                                        'vitdynconv.viz.trained.explore_heads': ( 'viz/trained.html#explore_heads',
+                                                                                  'vitdynconv/viz/trained.py'),
+                                        'vitdynconv.viz.trained.head_data': ('viz/trained.html#head_data', 'vitdynconv/viz/trained.py'),
+                                        'vitdynconv.viz.trained.look_inside': ( 'viz/trained.html#look_inside',
+                                                                                'vitdynconv/viz/trained.py')}}}
