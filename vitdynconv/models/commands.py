@@ -161,7 +161,12 @@ def cost_rows(model: str, variant: dict, input_size: int | None, form: str, conv
                by: str | None) -> list[dict]:
     "One row for the model, or one for each of its modules or operators."
     from vitdynconv.models.cost import CONVENTIONS, count
-    found = count(model_for(model, input_size, **variant), input_size, form=form, **CONVENTIONS[convention])
+    network = model_for(model, input_size, **variant)
+    try: found = count(network, input_size, form=form, **CONVENTIONS[convention])
+    except RuntimeError as error:  # smaller than a patch, say
+        if input_size is None: raise
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'--input_size {input_size} does not fit {model}: {reason}') from error
     costs = {None: {model: found.total}, 'module': found.modules, 'operator': found.operators}[by]
     return [dict(name=name or model, gflops=c.gflops, mparams=c.mparams, macts=c.macts)
             for name, c in costs.items()]

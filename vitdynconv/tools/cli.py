@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INSTALL', 'FULL_DISK', 'DAMAGED', 'DEAD_PROCESS', 'DEAD_PROCESS_CLASSES', 'CONVERTERS', 'format_value',
            'format_table', 'exit_with_message', 'check_choice', 'short_message', 'is_dead_process', 'is_out_of_memory',
-           'is_full_disk', 'explain_error', 'explain_missing', 'exit_on_error', 'checked', 'Option', 'options_of',
-           'whole_number', 'number', 'without_none', 'argument_settings', 'CommandParser', 'with_hyphens',
-           'runs_as_module', 'runs_as_script', 'command']
+           'is_full_disk', 'explain_error', 'explain_missing', 'exit_on_error', 'Option', 'options_of', 'whole_number',
+           'number', 'without_none', 'argument_settings', 'CommandParser', 'with_hyphens', 'runs_as_module',
+           'runs_as_script', 'command']
 
 # %% ../../nbs/tools/03_cli.ipynb #8abd05ab
 import argparse
@@ -167,11 +167,6 @@ def exit_on_error(
         if answer is None or os.environ.get('VITDYNCONV_TRACEBACK'): raise
         exit_with_message(command, *answer)
 
-# %% ../../nbs/tools/03_cli.ipynb #checked0
-def checked(command: str):
-    "`exit_on_error` for the part of a command that checks its arguments."
-    return exit_on_error(command)
-
 # %% ../../nbs/tools/03_cli.ipynb #cliopti1
 class Option(NamedTuple):
     "One option of a command."
@@ -180,6 +175,7 @@ class Option(NamedTuple):
     default: object = None # what the function gets if the option is left out
     help: str = ''        # one line
     required: bool = False # a parameter without default: given by its place, without a name
+    alone: str = ''       # what the option means without a value; '': it needs one
 
     @property
     def flag(self) -> str:
@@ -239,6 +235,7 @@ def argument_settings(
     if origin is Literal:
         choices = typing.get_args(kind)
         return settings | dict(choices=choices, type=type(choices[0]))
+    if option.alone: settings |= dict(nargs='?', const=option.alone)
     if origin is list:
         settings['nargs'] = '+' if option.required else '*'
         kind = typing.get_args(kind)[0]
