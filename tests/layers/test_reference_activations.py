@@ -40,8 +40,12 @@ def test_the_reference_that_a_class_brings_along_can_be_differentiated(name, opt
 
     for key in arrays:
         direction = random(h, n, m, seed=3)
-        expected = ref.slope(judge(name, options, DIM, **parameters), arrays, key, direction, cotangent)
         actual = ref.slope(brought_along, arrays, key, direction, cotangent)
+        if name not in ref.ACTIVATION_REFERENCES:   # added later: its own formula, by central differences
+            there, back = [brought_along(**arrays | {key: arrays[key] + step * direction}) for step in (1e-6, -1e-6)]
+            assert math.isclose(actual, (cotangent * (there - back)).sum() / 2e-6, rel_tol=1e-5, abs_tol=1e-5), key
+            continue
+        expected = ref.slope(judge(name, options, DIM, **parameters), arrays, key, direction, cotangent)
         assert math.isclose(actual, expected, rel_tol=1e-11, abs_tol=1e-12), key
 
 

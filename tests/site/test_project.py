@@ -255,3 +255,13 @@ def test_a_failed_install_is_not_taken_for_an_environment(project):
     done = build(project)
     assert done.returncode == 1 and "No matching distribution" in done.stderr
     assert not (project/".venv/.ready").exists() and (project/".venv/.unfinished").exists()
+
+
+def test_no_line_is_longer_than_a_page():
+    "120 characters; nbdev alone decides where the list of a module's names is broken."
+    wide = []
+    for path in (ROOT/"vitdynconv").rglob("*.py"):
+        if path.stem == "_modidx": continue
+        text = re.sub(r"^__all__ = \[.*?\]$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+        wide += [f"{path.relative_to(ROOT)}: {line}" for line in text.splitlines() if len(line) > 120]
+    assert not wide, wide

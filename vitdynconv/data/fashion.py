@@ -196,7 +196,8 @@ SAMPLES = 'fashion_200.npz'  # in the package, in the folder `bundled`
 def sample_images(
     size=28,  # pixels a side of what is handed out: the border is cut off, or filled with black
 ) -> TensorSet:  # `pixels` (200, 1, 28, 28) uint8, `labels` (200,), `images` (200, 1, size, size) normalized
-    "200 test images of Fashion-MNIST, 20 of each class, that come with the library. ValueError for a size out of range."
+    """200 test images of Fashion-MNIST, 20 of each class, that come with the library. ValueError for a size
+    out of range."""
     check_fashion(size, 1, 'test', None)
     with np.load(resources.files('vitdynconv') / 'bundled' / SAMPLES) as stored:
         pixels = torch.tensor(stored['pixels'])

@@ -33,7 +33,8 @@ class Difference(NamedTuple):
 def largest(
     pairs, # pairs of tensors, equal in shape
 ) -> float: # max |a - b| over all pairs; 0 without any
-    "The largest absolute difference. A NaN in any tensor is infinitely far: `max` and `<` pass over NaN itself."
+    """The largest absolute difference. A NaN in any tensor is infinitely far: `max` and `<` pass over NaN
+    itself."""
     gaps = [(a - b).abs().max().item() for a, b in pairs if a.numel()]
     if any(map(math.isnan, gaps)): return math.inf
     return max(gaps, default=0.)

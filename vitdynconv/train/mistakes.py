@@ -56,7 +56,8 @@ def gathered(
     together = Tally()
     counts = [count for count, _ in parts if count is not None]
     if counts: together.counts = sum(counts)
-    worst = [torch.cat(values) for values in zip(*(worst for _, worst in parts if worst))]
+    found = [worst for _, worst in parts if worst]
+    worst = [torch.cat(values) for values in zip(*found)]
     if worst: together.worst = [values[worst[0].topk(min(WORST, len(worst[0]))).indices] for values in worst]
     return together
 
