@@ -130,7 +130,10 @@ class DepthGroups(OptimWrapper):
             found.setdefault(group.get('depth', number), []).append(group)
         return list(found.values())
     @property
-    def param_lists(self): return [sum([group['params'] for group in groups], []) for groups in self.depths]
+    def param_lists(self):
+        lists = []
+        for groups in self.depths: lists.append([p for group in groups for p in group['params']])
+        return lists
     @property
     def hypers(self) -> list[dict]:
         "fastai's names -> values, for each depth; rates without `lr_scale`, so that what is read can be set."
