@@ -48,7 +48,8 @@ def test_a_file_says_what_it_is(network):
     assert record["seed"] == recipe["seed"] and len(record["commit"]) == 40 and len(record["curve"]) == recipe["epochs"]
     assert record["accuracy"] > .8 and record["license"] == "MIT"
     from vitdynconv.study.weights import weights_recipe
-    assert recipe == json.loads(json.dumps(dataclasses.asdict(weights_recipe(*network)))), "the command trains something else"
+    now = json.loads(json.dumps(dataclasses.asdict(weights_recipe(*network))))
+    assert all(now[field] == value for field, value in recipe.items()) and len(recipe) > 40, "the command trains something else"
 
 
 @pytest.mark.parametrize("network", NETWORKS, ids="-".join)

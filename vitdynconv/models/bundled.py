@@ -110,7 +110,7 @@ def build_fashion(
         check_trained(name, kwargs)
         kwargs['checkpoint'] = weights_path(name, *kernel_of(kwargs))
         pretrained = False
-    return registry.build(name, body.base, None, pretrained, **body.settings | kwargs)
+    return registry.build_entry(name, body.base, None, pretrained, **body.settings | kwargs)
 
 def kernel_of(kwargs: dict) -> tuple:
     "Activation and kernel in the arguments of `create_model`."
