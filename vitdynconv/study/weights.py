@@ -26,7 +26,7 @@ from ..train.record import record_of
 
 # %% ../../nbs/study/04_weights.ipynb #ww06ex
 EPOCHS = {'vdc_vit_fashion': 4, 'vdc_swin_fashion': 2}
-SOFTMAX_EPOCHS = {'vdc_vit_fashion': 5, 'vdc_swin_fashion': 5}
+SOFTMAX_EPOCHS = {'vdc_vit_fashion': 5, 'vdc_swin_fashion': 3}
 ORDER = 'softmax', 'ln_relu', 'depthwise', 'scaling_relu'  # what most pages use comes first
 PLAIN = dict(shift=0, flip=0.)  # no augmentation, in the words of `fashion_dls`
 
