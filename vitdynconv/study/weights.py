@@ -26,7 +26,7 @@ from ..train.record import record_of
 
 # %% ../../nbs/study/04_weights.ipynb #ww06ex
 EPOCHS = {'vdc_vit_fashion': 4, 'vdc_swin_fashion': 2}
-SOFTMAX_EPOCHS = {'vdc_vit_fashion': 5, 'vdc_swin_fashion': 3}
+SOFTMAX_EPOCHS = 5
 ORDER = 'softmax', 'ln_relu', 'depthwise', 'scaling_relu'  # what most pages use comes first
 PLAIN = dict(shift=0, flip=0.)  # no augmentation, in the words of `fashion_dls`
 
@@ -38,7 +38,7 @@ def weights_recipe(
 ) -> Recipe:
     "How a bundled network is trained."
     softmax = variant_name((name, activation, kernel)) == 'softmax'
-    epochs = SOFTMAX_EPOCHS[name] if softmax else EPOCHS[name]
+    epochs = SOFTMAX_EPOCHS if softmax else EPOCHS[name]
     fields = dict(
         model=name, activation=activation, kernel=kernel, class_token=None, in_chans=1, num_classes=10,
         img_size=BODIES[name].settings['img_size'], epochs=epochs, lr=2e-3, warmup_epochs=.3,
