@@ -43,7 +43,7 @@ docs: $(READY) ## build the site into _docs/
 bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, model, systems, scaling, training or data
 	@$(BIN)/vdc_bench --suite $(SUITE)
 
-study: $(READY) ## train every row of Table 2 at toy size, or go on with it (an hour or two); STUDY=quick for a taste
+study: $(READY) ## train the study on Fashion-MNIST, or go on with it (ten hours of two cores); STUDY=main, digits or quick for less
 	@$(BIN)/vdc_study --plan $(STUDY) --out study-$(STUDY)
 
 weights: $(READY) ## train the networks that come with the library, or go on with it, and put them into the package (an hour or two)

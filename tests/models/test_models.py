@@ -316,6 +316,21 @@ def test_graphs_are_traced_as_timms():
         assert_equal(found.sum(), model.forward_intermediates(images(model), intermediates_only=True, norm=False)[-1].sum(), tol=1e-3)
 
 
+@everywhere
+def test_graphs_need_no_list_of_leaves(make):
+    "`torch.fx` itself, and torchvision's `create_feature_extractor`, which knows no list of timm's."
+    from torchvision.models.feature_extraction import create_feature_extractor
+    model = built(make)
+    x, y = images(model), model(images(model))
+    assert_equal(torch.fx.symbolic_trace(model)(x), y, tol=1e-6)
+    node = next(name for name in ('stages.3', 'layers.1', 'blocks.2') if name in dict(model.named_modules()))
+    found, = create_feature_extractor(model, [node])(x).values()
+    seen = []
+    model.get_submodule(node).register_forward_hook(lambda module, inputs, out: seen.append(out))
+    model(x)
+    assert_equal(found, seen[0], tol=1e-6)
+
+
 @pytest.mark.parametrize('settings', [{}, dict(activation='scaling_relu', pos='abs'), dict(kernel='depthwise')], ids=['softmax', 'scaling_relu abs', 'depthwise'])
 def test_graphs_of_shifted_windows_are_traced(settings):
     "With a mask, before and after a first forward pass, which keeps the mask."

@@ -115,6 +115,17 @@ def test_a_published_model_is_fetched_at_another_size(name, body, settings, tmp_
     assert_kept(larger, moved)
 
 
+@pytest.mark.parametrize('name, body', [(DEIT, VIT), ('convnext_atto', CONVNEXT)], ids=['deit', 'convnext'])
+def test_neighborhoods_that_the_smaller_map_has_no_room_for(name, body, tmp_path):
+    "Their size follows the map: 3 x 3 where the file was made, 5 x 5 and more in the model that reads it."
+    settings = dict(activation='ln', pos='rel', selection='neighborhood') | (dict(class_token=False) if name == DEIT else {})
+    old = stirred(built(name, body, settings))
+    torch.save(old.state_dict(), tmp_path/'old.pth')
+    moved = copy.deepcopy(old)
+    moved.set_input_size(LARGE[kind(name)])
+    assert_kept(built(name, body, settings, LARGE, checkpoint=tmp_path/'old.pth', num_classes=3), moved)
+
+
 def test_a_finished_file_in_timms_overlay_is_not_taken_for_the_bases(tmp_path):
     settings = dict(activation='ln_relu', pos='rel')
     old = stirred(built(DEIT, VIT, settings))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from forks import Running, run
+from PIL import Image
 from test_train import TINY, TORCHRUN, rows_of, same_bytes, tree  # noqa: F401 (a fixture)
 
 from vitdynconv.train.checkpoint import load_checkpoint, save_weights
@@ -25,6 +26,16 @@ from vitdynconv.train.build import recipe_dls, recipe_model
 
 # no drop path and no mixing: those are drawn by each process, and would differ from one process's
 EVEN = ['--epochs', '2', '--batch_size', '128', '--set', 'lr_batch_size=128 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']
+
+
+PICTURES = dict(epochs='2', img_size='16', depth='1', embed_dim='32', num_heads='2', workers='0', rand_augment='')
+
+
+def write_pictures(root, images):
+    "A folder for each of three colours."
+    for name, colour in dict(blue=(40, 60, 220), green=(30, 200, 60), red=(220, 40, 30)).items():
+        (root/name).mkdir(parents=True)
+        for number in range(images): Image.new('RGB', (20 + number, 20), colour).save(root/name/f'{name}_{number:02}.png')
 
 
 @pytest.fixture(scope='module')
@@ -89,6 +100,18 @@ def test_a_run_on_another_number_of_processes_says_that_it_is_not_exact(runs, tm
         shutil.copytree(runs/name, tmp_path/name)
         code, out, errors = run(tmp_path, '--resume', name)
         assert code == 0 and 'the run had 2 processes and has 1: it goes on, but not exactly' in out, errors
+
+
+def test_processes_that_share_a_network_validate_different_numbers_of_batches(tmp_path):
+    "Nine held-out pictures: two batches for the one, one for the other, which waits for the first."
+    write_pictures(tmp_path/'pictures', images=15)
+    words = ['--data', 'pictures', *(word for name, value in PICTURES.items() for word in (f'--{name}', value)), '--batch_size', '8']
+    results = {}
+    for name, more in ('whole', []), ('shared', ['--shard']):
+        code, _, errors = run(tmp_path, *words, *more, '--out', name, '--timeout', '60', processes=2)
+        assert code == 0, errors
+        results[name] = [(row['accuracy'], row['ema_accuracy']) for row in rows_of(tmp_path/name)]
+    assert results['whole'] == results['shared']
 
 
 def test_one_process_has_nothing_to_share(tmp_path):

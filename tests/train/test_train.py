@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vitdynconv.train.checkpoint import CheckpointError, RunStopped, load_checkpoint, save_weights
+from vitdynconv.train.checkpoint import CheckpointError, Checkpoints, RunStopped, load_checkpoint, save_weights
 from vitdynconv.data import imagenet_dls
 from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_weights, vdc_eval
@@ -208,7 +208,7 @@ def test_the_hint_leads_out_of_a_nan(tmp_path, capsys):
     assert len(rows_of(tmp_path/'RUN')) == 1
 
 
-def test_a_run_begins_from_a_checkpoint_of_another_one(digits_run, tmp_path, capsys):
+def test_a_run_begins_from_a_checkpoint_of_another_one(digits_run, tmp_path, monkeypatch, capsys):
     folder, _ = digits_run
     checkpoint = str(folder/'last.ckpt')
     assert lower_rate_command(folder) == f'vdc_train --resume {earlier_checkpoint(folder)} --out {folder}_lower --lr 0.0002'
@@ -217,6 +217,15 @@ def test_a_run_begins_from_a_checkpoint_of_another_one(digits_run, tmp_path, cap
     assert [row['epoch'] for row in rows_of(tmp_path/'NEW')] == ['1', '2', '3', '4'] and Recipe.load(tmp_path/'NEW/recipe.json').lr == 2e-4
     assert rows_of(tmp_path/'NEW')[:3] == rows_of(folder)
     assert float(rows_of(tmp_path/'NEW')[3]['lr']) < 2e-4 and len(rows_of(folder)) == 3
+    write, written = Checkpoints.save, []
+    def die(self, epoch):
+        if written: raise KeyboardInterrupt
+        written.append(epoch)
+        write(self, epoch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, 'save', die)
+        assert 'go on with' in said(capsys, 130, vdc_train, resume=checkpoint, out=str(tmp_path/'CUT'), epochs='4')
+    assert written == [3] and load_checkpoint(tmp_path/'CUT/last.ckpt')['epoch'] == 3, 'what it begins from is its own'
     for wrong, words in (dict(out=''), 'add --out'), (dict(embed_dim='48'), '--embed_dim cannot change'), (dict(epochs='3'), 'has 3 epochs'), (dict(recipe='digits'), 'leave it out'):
         assert words in said(capsys, 2, vdc_train, **dict(resume=checkpoint, out=str(tmp_path/'OTHER'), epochs='4') | wrong)
     assert not (tmp_path/'OTHER').exists()

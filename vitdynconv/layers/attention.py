@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_selection', 'align_mask', 'TokenMixer', 'resize_activation', 'activation_on_grid', 'with_dropout', 'split_heads',
-           'DynamicConvAttention', 'copy_module', 'hooks_of', 'is_plain', 'layer_size', 'timm_settings',
-           'timm_position', 'copy_weights']
+           'one_operation', 'DynamicConvAttention', 'copy_module', 'hooks_of', 'is_plain', 'layer_size',
+           'timm_settings', 'timm_position', 'copy_weights']
 
 # %% ../../nbs/layers/05_attention.ipynb #0f21286f
 import copy
@@ -15,6 +15,7 @@ import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
+from torch.fx import Proxy
 from .activations import create_activation
 from .equivalence import attention
 from .position import RelativePosition, resize_per_kernel, resize_table
@@ -289,8 +290,24 @@ def split_heads(
     num_heads = x.shape[2] // (parts * head_dim)
     return x.unflatten(2, (parts, num_heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
+# %% ../../nbs/layers/05_attention.ipynb #onefx002
+def one_operation(
+    cls: type, # of modules
+) -> type:     # the same class
+    "Class decorator: `torch.fx` enters such a module whole, whatever its tracer's list of leaves."
+    def call(self, *args, **kwargs):
+        proxies = [a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)]
+        if not proxies: return nn.Module.__call__(self, *args, **kwargs)
+        tracer = proxies[0].tracer
+        path = tracer.path_of_module(self)
+        def whole(*args, **kwargs):
+            return tracer.create_proxy('call_module', path, args, kwargs)
+        return tracer.call_module(self, whole, args, kwargs)
+    cls.__call__ = call
+    return register_notrace_module(cls)
+
 # %% ../../nbs/layers/05_attention.ipynb #94d66f96
-@register_notrace_module
+@one_operation
 class DynamicConvAttention(TokenMixer):
     """Multi-head self-attention as dynamic convolutions, in place of timm's `Attention` or
     `WindowAttention` (section 3.2, Eq. 1, 2 and 4)."""

@@ -10,8 +10,7 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from timm.layers import register_notrace_module
-from .attention import TokenMixer, split_heads
+from .attention import TokenMixer, one_operation, split_heads
 from .attention import copy_module, copy_weights, hooks_of, is_plain, timm_settings
 from .equivalence import with_position
 
@@ -68,7 +67,7 @@ def check_depthwise(
                          'kernel is selected')
 
 # %% ../../nbs/layers/06_depthwise.ipynb #fbc90822
-@register_notrace_module
+@one_operation
 class DepthwiseSelfAttention(TokenMixer):
     "Depth-wise self-attention (section 4.3, Eq. 5), in place of timm's `Attention` or `WindowAttention`."
     def __init__(self,

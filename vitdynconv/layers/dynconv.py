@@ -16,10 +16,11 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from timm.layers import register_notrace_module, to_ntuple
+from timm.layers import to_ntuple
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 from .activations import at_least_float32
+from .attention import one_operation
 
 # %% ../../nbs/layers/07_dynconv.ipynb #dynexp01
 def exporting() -> bool: # True inside `torch.export`, ONNX export and `torch.jit.trace`
@@ -100,7 +101,7 @@ def conv_per_image(
     return y[0].unflatten(0, (b, out))
 
 # %% ../../nbs/layers/07_dynconv.ipynb #cd693bcf
-@register_notrace_module
+@one_operation
 class DynamicConv(nn.Module):
     """D-Conv: a static bank of kernels and coefficients made from the image (section 3.3; arXiv 1912.03458,
     Eq. 2). Use `DynamicConv1d` or `DynamicConv2d`."""
@@ -221,7 +222,7 @@ class DynamicConv2d(DynamicConv):
     "D-Conv over feature maps: (b, in, h, w) to (b, out, h', w'), arguments as `nn.Conv2d`."
     ndim = 2
 
-for cls in DynamicConv1d, DynamicConv2d: register_notrace_module(cls)
+for cls in DynamicConv1d, DynamicConv2d: one_operation(cls)
 
 # %% ../../nbs/layers/07_dynconv.ipynb #5d235f14
 @patch
@@ -258,7 +259,7 @@ def check_generated(kernel_size: tuple, per: str) -> None:
         raise ValueError(f'kernel_size={shown} has no center; choose odd sizes')
 
 # %% ../../nbs/layers/07_dynconv.ipynb #14c835b8
-@register_notrace_module
+@one_operation
 class GeneratedConv2d(nn.Module):
     """A standard convolution whose whole kernel one linear layer makes: `k^2 D^3` generator weights (section
     3.3, kernel type)."""
@@ -368,7 +369,7 @@ def local_conv(
     return sum_over_taps(x, kernels, windows).flatten(1, 2)
 
 # %% ../../nbs/layers/07_dynconv.ipynb #f5a797b8
-@register_notrace_module
+@one_operation
 class DynamicDepthwiseConv(nn.Module):
     """D-DW-Conv: depth-wise kernels generated for each image or each position (section 3.3; arXiv
     2106.04263). Use `DynamicDepthwiseConv1d` or `2d`."""
@@ -518,4 +519,4 @@ class Involution2d(DynamicDepthwiseConv2d):
         "The mean of each block of stride x stride positions, cut off at the border"
         return nn.AvgPool2d(self.stride, self.stride, ceil_mode=True) if self.stride > 1 else nn.Identity()
 
-for cls in DynamicDepthwiseConv1d, DynamicDepthwiseConv2d, Involution2d: register_notrace_module(cls)
+for cls in DynamicDepthwiseConv1d, DynamicDepthwiseConv2d, Involution2d: one_operation(cls)

@@ -12,9 +12,10 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from torch import nn, Tensor
 from .activations import create_activation
+from .attention import one_operation
 from .dynconv import conv_per_image
 from .equivalence import attention
 from .position import RelativePosition
@@ -119,7 +120,7 @@ def join_taps(
     return torch.stack([*others[:half], center, *others[half:]], -1).flatten(-2)
 
 # %% ../../nbs/layers/08_kxk.ipynb #kxk00030
-@register_notrace_module
+@one_operation
 class KernelAttention2d(nn.Module):
     """Self-attention with dynamic kernels of k x k and a stride on maps (section 5). At k = 1 and stride 1 it
     is a `DynamicConvBlock`, state dict included."""

@@ -9,9 +9,8 @@ __all__ = ['check_stride', 'coarse_grid', 'strided_rows', 'StridedAttention']
 import math
 import torch
 from fastcore.basics import patch
-from timm.layers import register_notrace_module
 from torch import nn, Tensor
-from .attention import DynamicConvAttention, split_heads
+from .attention import DynamicConvAttention, one_operation, split_heads
 from .kxk import Neighbors
 
 # %% ../../nbs/layers/09_strided.ipynb #strd0009
@@ -41,7 +40,7 @@ def strided_rows(
     return torch.cat([front, kept], -2)
 
 # %% ../../nbs/layers/09_strided.ipynb #strd0012
-@register_notrace_module
+@one_operation
 class StridedAttention(DynamicConvAttention):
     """Self-attention as dynamic convolutions with a stride (section 5, future work): queries on a coarse map,
     kernels from every position of the fine one."""

@@ -5,6 +5,7 @@ from vitdynconv import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
+    bundled="weights_path",
     cost="count",
     formulas="table3",
     paper="PAPER_BASES TABLE1 TABLE2 TABLE3 TABLE4",

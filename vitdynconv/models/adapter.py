@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from fastcore.basics import patch
 from timm.layers import Attention
-from timm.models import register_notrace_module
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn, Tensor
 from ..layers.activations import Softmax
 from ..layers.attention import DynamicConvAttention, copy_module, hooks_of, layer_size
+from ..layers.attention import one_operation
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.selection import AllKernels
 
@@ -284,7 +284,7 @@ def timm_mixer(self: Backbone, mixer: DynamicConvAttention) -> nn.Module:
     return moved_layers(new, mixer, ('qkv', 'q_norm', 'k_norm', 'proj'))
 
 # %% ../../nbs/models/01_adapter.ipynb #a295fea1
-@register_notrace_module
+@one_operation
 class ConvMixer(nn.Module):
     """A convolution of maps as the token mixer of a block: tokens (b, n, c) to map, static conv, `conv`,
     static conv, and back."""

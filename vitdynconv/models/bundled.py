@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'VIT', 'SWIN', 'BODIES', 'LABELS', 'FashionBody', 'bundled_folder', 'variant_of', 'weights_path', 'file_name',
-           'trained_variants', 'all_variants', 'read_record', 'bundled', 'build_fashion', 'kernel_of', 'check_trained',
-           'fashion_config', 'register_fashion']
+           'trained_variants', 'all_variants', 'read_record', 'bundled', 'with_weights', 'kernel_of', 'check_trained',
+           'fashion_config']
 
 # %% ../../nbs/models/20_bundled.ipynb #fw03im
 import json
@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from safetensors import safe_open
-from timm.models import generate_default_cfgs, register_model
 from torch import nn
-from . import registry
 
 # %% ../../nbs/models/20_bundled.ipynb #fw06ex
 @dataclass(frozen=True)
@@ -98,19 +96,17 @@ def bundled() -> list[dict]:  # name, activation, kernel, accuracy, seed, commit
     return rows
 
 # %% ../../nbs/models/20_bundled.ipynb #fw14ex
-def build_fashion(
-    name: str,          # a key of `BODIES`
-    pretrained: bool = False,
-    **kwargs,           # as for `create_model`; what is left out is as in the body
-) -> nn.Module:
-    "A small network, with the weights that come with the library or without. ValueError if there are none."
-    body = BODIES[name]
+def with_weights(
+    name: str,        # a key of `BODIES`
+    pretrained: bool, # as for `create_model`
+    kwargs: dict,     # its other arguments
+) -> tuple:           # `pretrained` and all arguments: the body's, those given, the file as `checkpoint`
+    "What builds a small network, with the weights that come with the library. ValueError if there are none."
     own = not isinstance(kwargs.get('pretrained_cfg') or '', str)  # published by somebody, with weights
-    if pretrained and not own and not kwargs.get('checkpoint'):
-        check_trained(name, kwargs)
-        kwargs['checkpoint'] = weights_path(name, *kernel_of(kwargs))
-        pretrained = False
-    return registry.build(name, body.base, None, pretrained, **body.settings | kwargs)
+    wanted = BODIES[name].settings | kwargs
+    if not pretrained or own or kwargs.get('checkpoint'): return pretrained, wanted
+    check_trained(name, kwargs)
+    return False, wanted | dict(checkpoint=weights_path(name, *kernel_of(kwargs)))
 
 def kernel_of(kwargs: dict) -> tuple:
     "Activation and kernel in the arguments of `create_model`."
@@ -139,15 +135,3 @@ def fashion_config(
         input_size=(1, size, size), num_classes=10, label_names=LABELS, mean=(.286,), std=(.353,),
         interpolation='bilinear', crop_pct=size / 28, license='mit', fixed_input_size=True,
         first_conv='patch_embed.proj', classifier=classifier)
-
-def register_fashion(name: str) -> None:
-    "Enter a body into timm's registry."
-    def entry(pretrained=False, **kwargs): return build_fashion(name, pretrained, **kwargs)
-    entry.__name__ = entry.__qualname__ = name
-    entry.__module__ = registry.__name__  # where timm looks for the configurations
-    entry.__doc__ = f'A small {BODIES[name].base} for Fashion-MNIST; some variants have trained weights.'
-    registry.default_cfgs.update(generate_default_cfgs({name: fashion_config(BODIES[name])}))
-    registry.ENTRIES[name] = register_model(entry)
-
-for name in BODIES:
-    if name not in registry.ENTRIES: register_fashion(name)

@@ -64,6 +64,9 @@ def on_grid_of(
     old = grid_in(weights, mixer) if new else None
     if old is None or fits(mixer.state_dict(), weights): return weights
     moving = copy.deepcopy(mixer)
+    selection = moving.selection
+    bare = selection is not None and not selection.state_dict()
+    if bare: moving.selection = None       # it may be too large for the file's grid
     moving.set_grid_size(old)
     moving.load_state_dict(weights)
     moving.set_grid_size(new)

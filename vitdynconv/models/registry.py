@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIXER_OPTIONS', 'BASES', 'SYSTEM_BASES', 'default_cfgs', 'ENTRIES', 'assemble', 'unlike', 'body', 'operation_for',
            'build_entry', 'weight_source', 'pretrained_configurations', 'register_entry', 'create_model',
-           'register_other', 'paper_model']
+           'register_other', 'paper_model', 'register_fashion']
 
 # %% ../../nbs/models/10_registry.ipynb #303fbb03
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Callable
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
+from .bundled import BODIES, fashion_config, with_weights
 from .backbones import BACKBONES, backbone_class, find_mixers
 from .paper import PAPER_BASES
 from .surgery import Settings, convert
@@ -213,4 +214,17 @@ def paper_model(
     return create_model(PAPER_BASES[base], activation, kernel, pos, class_token, **timm_kwargs)
 
 # %% ../../nbs/models/10_registry.ipynb #fw1reg
-from . import bundled
+def register_fashion(
+    name: str, # a key of `BODIES`
+) -> None:
+    "Enter a small network with trained weights into timm's registry."
+    base = BODIES[name].base
+    def entry(pretrained=False, **kwargs):
+        pretrained, kwargs = with_weights(name, pretrained, kwargs)
+        return build_entry(name, base, None, pretrained, **kwargs)
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f'A small {base} for Fashion-MNIST; some variants have trained weights.'
+    default_cfgs.update(generate_default_cfgs({name: fashion_config(BODIES[name])}))
+    ENTRIES[name] = register_model(entry)
+
+for name in BODIES: register_fashion(name)

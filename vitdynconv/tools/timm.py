@@ -6,6 +6,7 @@
 __all__ = ['USAGE', 'run_script', 'run_words']
 
 # %% ../../nbs/tools/05_timm.ipynb #timmrun4
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def run_script(
     arguments: list,  # its own
 ):
     "Run a script that knows the names `vdc_*`. What it raises is its own."
-    import vitdynconv.models.registry  # enters our names into timm's registry
+    importlib.import_module('vitdynconv.models.registry')  # enters our names into timm's registry
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).resolve().parent))
     runpy.run_path(script, run_name='__main__')

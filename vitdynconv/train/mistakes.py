@@ -64,7 +64,11 @@ def gathered(
 # %% ../../nbs/train/15_mistakes.ipynb #mistak13
 MOST_NAMES = 30  # classes whose names fit next to a matrix
 
-def draw_matrix(axes, counts, classes: list):
+def draw_matrix(
+    axes,           # of matplotlib
+    counts,         # (classes, classes): true class, guess
+    classes: list,  # names
+):
     "The confusion matrix, each row as shares of its true class."
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.cpu(), cmap='Blues', vmin=0, vmax=1)
@@ -74,7 +78,13 @@ def draw_matrix(axes, counts, classes: list):
     axes.set_xticks(places, classes, rotation=90)
     axes.set_yticks(places, classes)
 
-def draw_worst(part, worst, classes: list, mean, std):
+def draw_worst(
+    part,           # of a figure
+    worst: list,    # loss, true class, guess, picture: a tensor of each
+    classes: list,  # names
+    mean: list,     # one number per channel
+    std: list,      # the same
+):
     "The worst pictures, in three rows; `part` of a figure."
     images = worst[3].cpu().float() * tensor(std).view(-1, 1, 1) + tensor(mean).view(-1, 1, 1)
     grid = part.subplots(3, WORST // 3).flat
@@ -88,7 +98,8 @@ def draw_worst(part, worst, classes: list, mean, std):
 def draw_mistakes(
     tally: Tally,
     classes: list, # names
-    mean, std,     # one number per channel, by which pictures are normalized
+    mean: list,    # one number per channel, by which pictures are normalized
+    std: list,     # the same
     title='',
 ) -> Figure:
     "Confusion matrix and worst pictures."

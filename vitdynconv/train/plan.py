@@ -113,7 +113,10 @@ class PlannedImages:
     decoded: float = DECODED  # per second and core; 0 where nothing is decoded
     source: str = 'assumed'   # where the speed is from
 
-def decoding_speed(loader, most=32) -> float:
+def decoding_speed(
+    loader,   # of training images
+    most=32,  # images to measure with
+) -> float:
     "Images that this process prepares in a second."
     data = loader.dataset
     count = min(most, len(data))
@@ -192,15 +195,14 @@ def batch_words(recipe, memory: StepMemory, gpus: Gpus) -> str:
 
 # %% ../../nbs/train/17_plan.ipynb #plan0025
 def plan_of(
-    fields: dict,    # field of the recipe -> text or None
-    options: dict,   # the other arguments of `vdc_train`
+    recipe,          # `Recipe`
+    data='',         # as `vdc_train` gets it
+    reader='',       # timm's
     gpus=Gpus(),     # what there would be
 ) -> str:
     "What a run will cost, for people. ValueError where it could not begin."
-    from vitdynconv.train.run import planned_recipe
-    recipe = planned_recipe(fields, options)
     share = share_of(recipe, gpus)
-    images = planned_images(recipe, options['data'], options['reader'])
+    images = planned_images(recipe, data, reader)
     classes = recipe.num_classes or images.classes
     recipe = recipe.replace(num_classes=classes, in_chans=images.channels, pretrained=False)
     with torch.device('meta'): model = recipe_model(recipe)

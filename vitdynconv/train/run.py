@@ -259,7 +259,8 @@ def print_plan(fields: dict, options: dict, assumed: dict):
     fields_of = dict(gpus='count', gpu_memory='memory', gpu_speed='speed')
     given = {fields_of[name]: value for name, value in assumed.items() if value is not None}
     if options['out']: check_out(options['out'])
-    print(plan_of(fields, options, Gpus(**given)))
+    recipe = planned_recipe(fields, options)
+    print(plan_of(recipe, options['data'], options['reader'], Gpus(**given)))
 
 # %% ../../nbs/train/10_run.ipynb #6a963b60
 @command(more_options=recipe_options())

@@ -86,7 +86,11 @@ def watchers(
     return [StepLog(log_every), FiniteLoss(log_every), HeldOut(), EachEpoch(*writers), *saving]
 
 # %% ../../nbs/train/09_session.ipynb #e508add2
-def check_shard(recipe, world: int, checkpoint):
+def check_shard(
+    recipe,      # `Recipe`
+    world: int,  # processes
+    checkpoint,  # of a run that goes on; None for a new one
+):
     "ValueError for a new run that cannot be shared; one that goes on may do so on a single process."
     if not recipe.shard or world > 1: return
     if checkpoint is None:

@@ -118,6 +118,7 @@ class PositionedPatchEmbed(PatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         "(b, 3, h, w) to (b, H, W, C); the embedding is resampled where sizes are dynamic."
         x = super().forward(x)
+        if self.strict_img_size: return x + self.pos_embed
         return x + resample_abs_pos_embed_nhwc(self.pos_embed, x.shape[1:3])
 
 # %% ../../../nbs/models/adapters/01_swin.ipynb #bb012ad
