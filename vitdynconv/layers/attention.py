@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_selection', 'align_mask', 'TokenMixer', 'resize_activation', 'activation_on_grid', 'with_dropout', 'split_heads',
-           'one_operation', 'DynamicConvAttention', 'copy_module', 'hooks_of', 'is_plain', 'layer_size',
-           'timm_settings', 'timm_position', 'copy_weights']
+           'DynamicConvAttention', 'copy_module', 'hooks_of', 'is_plain', 'layer_size', 'timm_settings',
+           'timm_position', 'copy_weights']
 
 # %% ../../nbs/layers/05_attention.ipynb #0f21286f
 import copy
@@ -14,12 +14,12 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from timm.layers import register_notrace_module, to_2tuple, trunc_normal_
-from torch.fx import Proxy
+from timm.layers import to_2tuple, trunc_normal_
 from .activations import create_activation
 from .equivalence import attention
 from .position import RelativePosition, resize_per_kernel, resize_table
 from .selection import create_selection
+from ..tools.compat import one_operation
 
 # %% ../../nbs/layers/05_attention.ipynb #6112b58a
 def as_selection(
@@ -289,22 +289,6 @@ def split_heads(
     "Projected tokens as maps, split into heads."
     num_heads = x.shape[2] // (parts * head_dim)
     return x.unflatten(2, (parts, num_heads, head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-
-# %% ../../nbs/layers/05_attention.ipynb #onefx002
-def one_operation(
-    cls: type, # of modules
-) -> type:     # the same class
-    "Class decorator: `torch.fx` enters such a module whole, whatever its tracer's list of leaves."
-    def call(self, *args, **kwargs):
-        proxies = [a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)]
-        if not proxies: return nn.Module.__call__(self, *args, **kwargs)
-        tracer = proxies[0].tracer
-        path = tracer.path_of_module(self)
-        def whole(*args, **kwargs):
-            return tracer.create_proxy('call_module', path, args, kwargs)
-        return tracer.call_module(self, whole, args, kwargs)
-    cls.__call__ = call
-    return register_notrace_module(cls)
 
 # %% ../../nbs/layers/05_attention.ipynb #94d66f96
 @one_operation

@@ -10,9 +10,10 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .attention import TokenMixer, one_operation, split_heads
+from .attention import TokenMixer, split_heads
 from .attention import copy_module, copy_weights, hooks_of, is_plain, timm_settings
 from .equivalence import with_position
+from ..tools.compat import one_operation
 
 # %% ../../nbs/layers/06_depthwise.ipynb #b9688281
 def mean_kernel(

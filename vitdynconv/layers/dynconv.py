@@ -20,7 +20,7 @@ from timm.layers import to_ntuple
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 from .activations import at_least_float32
-from .attention import one_operation
+from ..tools.compat import one_operation
 
 # %% ../../nbs/layers/07_dynconv.ipynb #dynexp01
 def exporting() -> bool: # True inside `torch.export`, ONNX export and `torch.jit.trace`

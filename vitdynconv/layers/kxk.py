@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import nn, Tensor
 from .activations import create_activation
-from .attention import one_operation
+from ..tools.compat import one_operation
 from .dynconv import conv_per_image
 from .equivalence import attention
 from .position import RelativePosition

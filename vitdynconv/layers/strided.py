@@ -10,8 +10,9 @@ import math
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .attention import DynamicConvAttention, one_operation, split_heads
+from .attention import DynamicConvAttention, split_heads
 from .kxk import Neighbors
+from ..tools.compat import one_operation
 
 # %% ../../nbs/layers/09_strided.ipynb #strd0009
 def check_stride(stride: int) -> None:

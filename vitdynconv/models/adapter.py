@@ -17,7 +17,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn, Tensor
 from ..layers.activations import Softmax
 from ..layers.attention import DynamicConvAttention, copy_module, hooks_of, layer_size
-from ..layers.attention import one_operation
+from ..tools.compat import one_operation
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.selection import AllKernels
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIVATE_NAMES', 'HOOKS', 'PrivateName', 'swin_attention', 'add_position', 'forget_argument', 'private_hooks',
-           'set_hyper', 'update_schedule', 'run_epoch', 'move_batch']
+           'set_hyper', 'update_schedule', 'run_epoch', 'move_batch', 'one_operation']
 
 # %% ../../nbs/tools/02_compat.ipynb #compat03
 from dataclasses import dataclass
@@ -113,3 +113,22 @@ def run_epoch(learner, cancelled):
 def move_batch(learner, batch):
     "`batch` on the device of `learner`, as fastai moves it."
     return learner._set_device(batch)
+
+# %% ../../nbs/tools/02_compat.ipynb #onefx002
+def one_operation(
+    cls: type, # of modules
+) -> type:     # the same class
+    "Class decorator: `torch.fx` enters such a module whole, whatever its tracer's list of leaves."
+    from timm.layers import register_notrace_module
+    from torch import nn
+    from torch.fx import Proxy
+    def call(self, *args, **kwargs):
+        proxies = [a for a in (*args, *kwargs.values()) if isinstance(a, Proxy)]
+        if not proxies: return nn.Module.__call__(self, *args, **kwargs)
+        tracer = proxies[0].tracer
+        path = tracer.path_of_module(self)
+        def whole(*args, **kwargs):
+            return tracer.create_proxy('call_module', path, args, kwargs)
+        return tracer.call_module(self, whole, args, kwargs)
+    cls.__call__ = call
+    return register_notrace_module(cls)
