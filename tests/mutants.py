@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant("surgery", "tables of channels interleaved", ATT, "table.copy_(resized.repeat_interleave(times, 1))", "table.copy_(resized.repeat(1, times))", "layers/test_reference_mixers.py each_of_its_channels"),
     Mutant("surgery", "q_norm not carried over", ATT, "ours = cls(**timm_settings(attn)", "attn.q_norm = nn.Identity()\n    ours = cls(**timm_settings(attn)", "layers/test_reference_mixers.py carried"),
     Mutant("surgery", "hooks lost", "models/adapter.py", "hooks = ' and '.join(hooks_of(mixer))", "hooks = ''", "models/test_weights.py hooks_on"),
-    Mutant("surgery", "mixers have no graph", ATT, "if not proxies: return nn.Module", "return nn.Module", "models/test_models.py list_of_leaves"),
+    Mutant("surgery", "mixers have no graph", "tools/compat.py", "if not proxies: return nn.Module", "return nn.Module", "models/test_models.py list_of_leaves"),
     Mutant("surgery", "shared parameters untied", "models/surgery.py", "tie_again(new, tied_names(model), moved)", "pass", "models/test_weights.py shares"),
     Mutant("surgery", "shared blocks keep their windows", "models/adapters/swin.py", "if other is old: set_module(self.model, path, block)", "if path + '.attn' == place.path: set_module(self.model, path, block)", "models/test_weights.py shared_blocks"),
     Mutant("surgery", "channels of the stem averaged twice", "models/fitting.py", "weight.sum(1, keepdim=True).expand", "weight.mean(1, keepdim=True).expand", "models/test_weights.py other_channels"),

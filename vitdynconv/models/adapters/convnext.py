@@ -10,7 +10,6 @@ __all__ = ['MapMixer', 'size_after', 'stage_grids', 'ConvertedStages', 'DynamicC
 import torch
 from fastcore.basics import patch
 from timm.layers import to_2tuple
-from timm.models import register_notrace_module
 from timm.models.convnext import ConvNeXt
 from torch import nn, Tensor
 from ...layers.attention import is_plain
@@ -19,9 +18,10 @@ from ...layers.position import kernel_to_table
 from ..adapter import Backbone, Converted, Place, register_backbone, set_module
 # timm looks for it in the module of a model's class
 from ..fitting import checkpoint_filter_fn
+from ...tools.compat import one_operation
 
 # %% ../../../nbs/models/adapters/02_convnext.ipynb #bb013mm
-@register_notrace_module
+@one_operation
 class MapMixer(nn.Module):
     "A mixer of tokens, (b, n, dim), as a layer of maps, (b, dim, H, W)."
     def __init__(self, mixer: nn.Module):
