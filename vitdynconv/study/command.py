@@ -12,12 +12,12 @@ from ..tools.cli import command, exit_with_message
 # %% ../../nbs/study/01_command.ipynb #c21bc944
 @command(go_on='finished runs are kept: the same command goes on')
 def vdc_study(
-    plan: str = 'full', # 'full'; 'main' for its first twelve rows; 'digits'; or 'quick', two rows of these for two epochs
+    plan: str = 'full', # 'full'; 'main', its first twelve rows; 'digits'; or 'quick', for a taste
     out: str = 'study', # folder for tables and curves; a study that it holds goes on
     workers: int = 0,   # runs at once, each on one core; 0: as many as there are cores
     weights: bool = False, # instead of a study, train the networks that come with the library, into `out`
 ):
-    "Train the rows of Table 2 and the depth-wise rows of Table 3, small, with several seeds, on Fashion-MNIST or digits."
+    "Train small rows of Tables 2 and 3, with several seeds, on Fashion-MNIST or digits."
     if plan not in PLANS:
         raise ValueError(f'--plan {plan!r} is unknown; choose from {", ".join(PLANS)}')
     if workers < 0:
