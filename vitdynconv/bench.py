@@ -32,7 +32,8 @@ def machine(device: str, label: str) -> dict[str, str]:
     "What was measured on, and with what."
     name = torch.cuda.get_device_name() if device == 'cuda' else processor()
     libraries = f'MKL {torch.backends.mkl.is_available()}, oneDNN {torch.backends.mkldnn.is_available()}'
-    return dict(machine=label or name, device=name, threads=str(torch.get_num_threads()), load=f'{os.getloadavg()[0]:.1f}',
+    return dict(machine=label or name, device=name, threads=str(torch.get_num_threads()),
+                load=f'{os.getloadavg()[0]:.1f}',
                 python=platform.python_version(), torch=torch.__version__,
                 matrix_products=f'{libraries}, {torch.backends.cpu.get_cpu_capability()}')
 
@@ -67,14 +68,17 @@ def vdc_bench(
     label: str = '',             # a name for this machine in the rows
     device: str = 'cpu',         # cpu or cuda
     threads: int = 0,            # of PyTorch on a CPU; 0: as PyTorch chooses
-    seconds: float = 0.,         # for each comparison; 0: so that a suite ends within five minutes on two quiet cores
+    # for each comparison; 0: so that a suite ends within five minutes on two quiet cores
+    seconds: float = 0.,
     batch: int = 4,              # images of a step in the suites of models
     workers: int = 2,            # processes that decode in the suite data
     amp: bool = False,           # bfloat16 instead of float32
     compile: bool = False,       # torch.compile: both sides of the suite model; one more row per core
 ):
-    "Measure the library against the matrix products, PyTorch's fused attention, timm's models, a bare loop and timm's loader."
-    check_options(suite, device, dict(threads=(threads, 0), seconds=(seconds, 0), batch=(batch, 1), workers=(workers, 0)))
+    """Measure the library against the matrix products, PyTorch's fused attention, timm's models, a bare loop
+    and timm's loader."""
+    check_options(suite, device,
+                  dict(threads=(threads, 0), seconds=(seconds, 0), batch=(batch, 1), workers=(workers, 0)))
     check_target(csv, '--csv')
     check_target(json, '--json')
     if suite in ('scaling', 'all'): check_target(plot, '--plot')
@@ -91,5 +95,9 @@ def vdc_bench(
         draw_scaling(drawn, plot)
     goals = [row.met for row in rows if row.met]
     noisy = sum(row.moved is not None and row.moved > 10 for row in rows)
-    if goals: print(f'goals met: {goals.count("yes")} of {len(goals)}, near: {goals.count("near")}, not met: {goals.count("no")}')
-    if noisy: print(f'during {noisy} of {len(rows)} rows the matrix products moved by more than 10%: the machine was not quiet')
+    if goals:
+        print(f'goals met: {goals.count("yes")} of {len(goals)}, near: {goals.count("near")}, not met: '
+              f'{goals.count("no")}')
+    if noisy:
+        print(f'during {noisy} of {len(rows)} rows the matrix products moved by more than 10%: the machine '
+              'was not quiet')

@@ -94,7 +94,8 @@ def write_results(
     report: dict,  # what goes into report.json
     history: list, # rows of all variants
 ) -> None:
-    "Write history.csv, curves.png and report.json into a folder; all are complete before the first moves there."
+    """Write history.csv, curves.png and report.json into a folder; all are complete before the first moves
+    there."""
     from vitdynconv.train.logbook import plot_curves
     panels = {'training loss': history_curves(history, 'train_loss'),
               'held-out loss': history_curves(history, 'valid_loss'),

@@ -124,8 +124,10 @@ def core_comparisons(taken: dict, held: dict, n: int, backward: bool, facts: dic
         core = CORES.get(name)
         if core is not None:
             bound = 1. if core.share is None else core.share * 64 / n
-            goal = bound * (core.backward if backward else core.forward) if n > 49 or core.share is None else None
-            yield compare(taken, name, Limit.name, work=name + words, against=Limit.name, bound=bound, goal=goal, **facts)
+            goal = (bound * (core.backward if backward else core.forward) if n > 49 or core.share is None
+                    else None)
+            yield compare(taken, name, Limit.name, work=name + words, against=Limit.name, bound=bound,
+                          goal=goal, **facts)
         goal = 1.02 if name == 'softmax' else 1.05
         yield compare(taken, name, fused, work=name + words, against=fused, goal=goal, memory_mb=held[name],
                       reference_mb=held[fused], **facts)
@@ -149,7 +151,8 @@ def position_rows(setting: Setting) -> Iterator[Row]:
                 y, weights = make()
                 return torch.autograd.grad(y, (v, weights), y.detach()) if backward else y
             with torch.set_grad_enabled(backward):
-                taken = race({name: partial(run, make) for name, make in sides.items()}, setting.device, setting.seconds)
+                taken = race({name: partial(run, make) for name, make in sides.items()}, setting.device,
+                             setting.seconds)
             words = ', with gradients' if backward else ''
             yield compare(taken, 'table', 'matrix', suite='core', work='relative position' + words,
                           against='B @ V, B at hand', size=f'N = {n}', goal=goal)
@@ -185,13 +188,15 @@ def model_run(
 
 def models_of(base: str) -> dict:
     "timm's models of a base, and a row of Table 3 each: name -> model."
-    rows = [tuple(row[k] for k in ('base', 'activation', 'kernel', 'pos')) for row in TABLE3 if row['base'] == base]
+    rows = [tuple(row[k] for k in ('base', 'activation', 'kernel', 'pos')) for row in TABLE3 if row['base']
+            == base]
     if base == 'deit_b': rows.append((base, 'scaling', 'depthwise', 'abs'))
     models = {'timm': timm.create_model(PAPER_BASES[base])}
     if base.startswith('deit'):
         vit = models['timm']
         models['timm with bias'] = VisionTransformerRelPos(
-            embed_dim=vit.embed_dim, depth=len(vit.blocks), num_heads=vit.blocks[0].attn.num_heads, class_token=True,
+            embed_dim=vit.embed_dim, depth=len(vit.blocks), num_heads=vit.blocks[0].attn.num_heads,
+            class_token=True,
             rel_pos_type='bias', init_values=None, fc_norm=False)
     return models | {row: paper_model(*row) for row in rows}
 
@@ -238,8 +243,10 @@ def system_rows(setting: Setting) -> Iterator[Row]:
             sides = {key: model_run(model.to(setting.device).train(training), images, training, setting)
                      for key, model in models.items()}
             taken = race(sides, setting.device, setting.seconds)
-            yield compare(taken, name, base, suite='systems', work=f"{name}, {'training' if training else 'inference'}",
-                          against=f"timm's {base}", size=f'{len(images)} images', bound=share, goal=1.3 * share)
+            yield compare(taken, name, base, suite='systems',
+                          work=f"{name}, {'training' if training else 'inference'}",
+                          against=f"timm's {base}", size=f'{len(images)} images', bound=share,
+                          goal=1.3 * share)
 
 # %% ../nbs/suites.ipynb #3a20b6f5
 def scaling_rows(setting: Setting) -> Iterator[Row]:
@@ -322,7 +329,8 @@ def learner_row(recipe, seconds: float) -> Row:
     from vitdynconv.train.build import recipe_dls, recipe_model
     dls = recipe_dls(recipe)
     model = recipe_model(recipe)
-    optimizer = create_optimizer_v2(parameter_groups(model, recipe.weight_decay), opt=recipe.opt, lr=recipe.lr)
+    optimizer = create_optimizer_v2(parameter_groups(model, recipe.weight_decay), opt=recipe.opt,
+                                    lr=recipe.lr)
     rate = warmup_cosine(recipe.lr, recipe.warmup_epochs / recipe.epochs, recipe.warmup_lr, recipe.min_lr)
     learn = create_learner(recipe_model(recipe), dls, recipe)
     taken = dict(learner=[], bare=[])
@@ -332,7 +340,8 @@ def learner_row(recipe, seconds: float) -> Row:
         while not taken['bare'] or time.perf_counter() - start < seconds: learn.fit(1)
     rounds = {name: in_rounds(steps) for name, steps in taken.items()}
     size = f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters'
-    return compare(rounds, 'learner', 'bare', suite='training', work='Learner, training step', against='bare loop',
+    return compare(rounds, 'learner', 'bare', suite='training', work='Learner, training step',
+                   against='bare loop',
                    size=size, goal=1.03)
 
 def training_rows(setting: Setting) -> Iterator[Row]:
@@ -348,19 +357,23 @@ def data_rows(setting: Setting) -> Iterator[Row]:
     from timm.data import create_dataset, create_loader
     from vitdynconv.data import cluttered_digits_dls, imagenet_dls, keep_one_bit, write_imagefolder
     with tempfile.TemporaryDirectory() as folder:
-        root = write_imagefolder(cluttered_digits_dls(size=64, copies=1), Path(folder) / 'images', per_class=32)
+        root = write_imagefolder(cluttered_digits_dls(size=64, copies=1), Path(folder) / 'images',
+                                 per_class=32)
         ours = imagenet_dls(root, batch_size=32, workers=setting.workers).train
         theirs = create_loader(
-            create_dataset('', root / 'train'), (3, 224, 224), 32, is_training=True, re_prob=.25, re_mode='pixel',
+            create_dataset('', root / 'train'), (3, 224, 224), 32, is_training=True, re_prob=.25,
+            re_mode='pixel',
             auto_augment='rand-m9-mstd0.5-inc1', color_jitter=None, interpolation='bicubic',
             num_workers=setting.workers, device=torch.device('cpu'), persistent_workers=False)
-        keep_one_bit(theirs.dataset.transform)     # Pillow 13 refuses what timm's strongest posterizing asks for
+        # Pillow 13 refuses what timm's strongest posterizing asks for
+        keep_one_bit(theirs.dataset.transform)
         def epoch(loader):
             images = sum(len(batch[0]) for batch in loader)
             if images != 320: raise RuntimeError(f'an epoch of {images} images, not 320')
         taken = race(dict(ours=lambda: epoch(ours), timm=lambda: epoch(theirs)), 'cpu', setting.seconds)
     taken = {name: [t / 320 for t in times] for name, times in taken.items()}
-    yield compare(taken, 'ours', 'timm', suite='data', work='loader, one image', against="timm's create_loader",
+    yield compare(taken, 'ours', 'timm', suite='data', work='loader, one image',
+                  against="timm's create_loader",
                   size=f'224 x 224, {setting.workers} workers')
 
 # %% ../nbs/suites.ipynb #3bae1dd9

@@ -42,7 +42,8 @@ def race(
     least: int = 3,             # rounds at least, however long they take
     slot: float = .03,          # seconds that a turn takes at least
 ) -> dict[str, list[float]]:    # name -> seconds per call, one for each round
-    "Let computations take turns, in changing order, until time is up. A round before warms up and sees how often a turn calls."
+    """Let computations take turns, in changing order, until time is up. A round before warms up and sees how
+    often a turn calls."""
     turns = {}
     for name, run in sides.items():
         run()
@@ -101,7 +102,8 @@ def compare(
     met = '' if goal is None else 'near'
     if goal is not None and high <= goal: met = 'yes'
     if goal is not None and low > goal: met = 'no'
-    return Row(**facts, ms=1e3 * statistics.median(taken[name]), reference_ms=1e3 * statistics.median(taken[reference]),
+    return Row(**facts, ms=1e3 * statistics.median(taken[name]),
+               reference_ms=1e3 * statistics.median(taken[reference]),
                ratio=ratio, low=low, high=high, rounds=len(ratios), met=met)
 
 # %% ../nbs/timing.ipynb #0f5e946f

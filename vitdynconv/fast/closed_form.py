@@ -58,7 +58,8 @@ def layernorm_attention(
 
 # %% ../../nbs/fast/01_closed_form.ipynb #ebdecaf2
 def normalised(q: Tensor, k: Tensor, weight: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    "Keys (..., m, d) and factors (..., n, 1), float32 at least: `factor * q @ keys.mT` is LayerNorm of `Q K'` without its shift."
+    """Keys (..., m, d) and factors (..., n, 1), float32 at least: `factor * q @ keys.mT` is LayerNorm of `Q
+    K'` without its shift."""
     q, k = in_float32(q, k)
     k, factor = row_statistics(q, k, eps)
     return (k if weight is None else k * weight.to(k.dtype).unsqueeze(-1)), factor

@@ -14,7 +14,8 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .closed_form import is_shorter, layernorm_attention, linear_attention, normalised, with_shift
+from .closed_form import (is_shorter, layernorm_attention, linear_attention, normalised,
+                                         with_shift)
 from .products import autocast_dtype, recorded, trains, without_autocast
 from .relative_position import (bias_product, masked_mean, masked_position, relative_position)
 from .tiled import STORED, Tiled, by_closed_form, layernorm_weights, pointwise_attention
@@ -30,17 +31,20 @@ def keeps(act: Callable, cls: type, *methods: str) -> bool:
     return isinstance(act, cls) and all(getattr(type(act), name) is getattr(cls, name) for name in methods)
 
 def is_plain(act: Callable) -> bool:
-    "Does a point-wise activation compute `f(factor * logit)`, perhaps divided by the number of kernels, and nothing else?"
+    """Does a point-wise activation compute `f(factor * logit)`, perhaps divided by the number of kernels, and
+    nothing else?"""
     return keeps(act, Activation, 'forward') and keeps(act, Pointwise, 'activate', 'elementwise')
 
 def evaluation_of(act: Callable, m: int) -> str:
-    "What an activation of `m` kernels allows: 'fused', 'linear', 'relu', 'pointwise', 'ln', 'ln_relu', 'rows' or 'definition'."
+    """What an activation of `m` kernels allows: 'fused', 'linear', 'relu', 'pointwise', 'ln', 'ln_relu',
+    'rows' or 'definition'."""
     family = getattr(act, 'family', None)
     if family == 'fused' and keeps(act, Softmax, 'forward'):
         if type(act).normalise in (Softmax.normalise, SoftmaxPlusOne.normalise): return 'fused'
     if family == 'linear' and is_plain(act) and type(act).f is Pointwise.f: return 'linear'
     if family == 'pointwise' and is_plain(act): return 'relu' if type(act).f is F.relu else 'pointwise'
-    if family == 'layernorm' and keeps(act, Activation, 'forward') and keeps(act, KernelLayerNorm, 'activate'):
+    if family == 'layernorm' and keeps(act, Activation,
+                                       'forward') and keeps(act, KernelLayerNorm, 'activate'):
         if act.weight is not None and len(act.weight) != m: return 'definition'
         if type(act).f in (F.relu, KernelLayerNorm.f): return 'ln_relu' if type(act).f is F.relu else 'ln'
     known = type(act) in ACTIVATIONS.values() and family != 'fused'
@@ -69,7 +73,8 @@ def fused(q, k, v, act: Softmax, bias: Tensor | None, mask: Tensor | None) -> Te
 
 # %% ../../nbs/fast/04_dispatch.ipynb #98daf5a0
 def by_definition(q, k, v, act, bias, mask, position: RelativePosition | None) -> Tensor:
-    "`attention`, with weights of the values' dtype: under autocast, a bias or a parameter in float32 may have raised them."
+    """`attention`, with weights of the values' dtype: under autocast, a bias or a parameter in float32 may
+    have raised them."""
     def weights(logits, bias=None, mask=None):
         return act(logits, bias=bias, mask=mask).to(v.dtype)
     return attention(q, k, v, weights, bias, mask, position)
@@ -103,17 +108,20 @@ def relu_of_layernorm(q, k, v, act, bias) -> Tensor:
 
 # %% ../../nbs/fast/04_dispatch.ipynb #85e4009d
 def row_weights(act: nn.Module, kind: str, masked: bool) -> tuple[Callable, list]:
-    "What a tile asks for: (logits, bias, mask, *parameters) -> weights, and the parameters. LayerNorm without a mask is one operator."
+    """What a tile asks for: (logits, bias, mask, *parameters) -> weights, and the parameters. LayerNorm
+    without a mask is one operator."""
     if kind in ('ln', 'ln_relu') and not masked:
         params = [p for p in (act.weight, act.bias) if p is not None]
         return layernorm_weights(kind == 'ln_relu', act.eps), params
     names = [name for name, _ in act.named_parameters()]
     def weights(logits, bias=None, mask=None, *params):
         if not params: return act(logits, bias=bias, mask=mask)
-        return torch.func.functional_call(act, dict(zip(names, params)), (logits,), dict(bias=bias, mask=mask))
+        return torch.func.functional_call(act, dict(zip(names, params)), (logits,),
+                                          dict(bias=bias, mask=mask))
     return weights, list(act.parameters())
 
-def by_rows(q, k, v, act: nn.Module, kind: str, bias: Tensor | None, mask: Tensor | None, stored: bool) -> Tensor:
+def by_rows(q, k, v, act: nn.Module, kind: str, bias: Tensor | None, mask: Tensor | None,
+            stored: bool) -> Tensor:
     "Whole rows in tiles, or all stored, (b, h, n, e); bias and mask have four axes."
     weights, params = row_weights(act, kind, mask is not None)
     if stored: return weights(q @ k.mT, bias, mask, *params).to(v.dtype) @ v
@@ -124,7 +132,8 @@ def by_rows(q, k, v, act: nn.Module, kind: str, bias: Tensor | None, mask: Tenso
 def by_triton(q: Tensor, v: Tensor) -> bool:
     "Is this ReLU attention one for the Triton kernels, and do they work on this device?"
     runs = q.is_cuda or os.environ.get('TRITON_INTERPRET') == '1'
-    fits = q.shape[-1] == v.shape[-1] <= 128 and q.dtype == v.dtype != torch.float64 and q.numel() and v.numel()
+    fits = (q.shape[-1] == v.shape[-1] <= 128 and q.dtype == v.dtype != torch.float64 and q.numel()
+            and v.numel())
     if not (runs and fits) or q.is_meta or recorded() or find_spec('triton') is None: return False
     from vitdynconv.fast.triton import is_verified
     return is_verified(q.device, q.dtype, q.shape[-1])
@@ -174,7 +183,8 @@ def check_grid(position: RelativePosition, q: Tensor, k: Tensor) -> None:
     h, w = position.grid_size
     n = h * w + position.num_prefix_tokens
     if (q.shape[-2], k.shape[-2]) == (n, n): return
-    raise ValueError(f'a position table for a grid of {h} x {w} and {position.num_prefix_tokens} prefix tokens '
+    raise ValueError(f'a position table for a grid of {h} x {w} and {position.num_prefix_tokens} '
+                     'prefix tokens '
                      f'fits {n} tokens, not {q.shape[-2]} queries and {k.shape[-2]} kernels; '
                      'call set_grid_size, or build the model for this input size')
 
@@ -184,10 +194,12 @@ def dynamic_conv_attention(
     v: Tensor,                                # (..., h, m, e) values: their partners, m -> e
     activation: str | Callable = 'softmax',   # a name, or a callable (logits, bias=, mask=) -> weights
     bias: Tensor | None = None,               # broadcasts to (..., h, n, m)
-    mask: Tensor | None = None,               # bool, broadcasts to (..., h, n, m): True where a kernel is selected
+    # bool, broadcasts to (..., h, n, m): True where a kernel is selected
+    mask: Tensor | None = None,
     position: RelativePosition | None = None, # a relative position table and its grid
 ) -> Tensor:                                  # (..., h, n, e)
-    "`attention` by the evaluation that suits family, shapes, dtype and device. First-order gradients. ValueError for shapes that do not fit."
+    """`attention` by the evaluation that suits family, shapes, dtype and device. First-order gradients.
+    ValueError for shapes that do not fit."""
     check_shapes(q, k, v, bias, mask)
     if position is not None: check_grid(position, q, k)
     act = as_activation(activation, q, k.shape[-2])
@@ -206,7 +218,8 @@ def fast_depthwise_attention(
     q: Tensor,                                # (..., h, n, d) queries: the feature map
     k: Tensor,                                # (..., h, m, d) keys: the bank of depth-wise kernels
     bias: Tensor | None = None,               # (h, n, m) one matrix per head, or (h*d, n, m) one per channel
-    mask: Tensor | None = None,               # bool, broadcasts to (..., h, n, m): True where a kernel is selected
+    # bool, broadcasts to (..., h, n, m): True where a kernel is selected
+    mask: Tensor | None = None,
     position: RelativePosition | None = None, # a relative position table and its grid
 ) -> Tensor:                                  # (..., h, n, d)
     "`depthwise_attention` at cost n d, plus position (Eq. 5). ValueError for shapes that do not fit."
@@ -228,7 +241,8 @@ def fast_depthwise_attention(
 FAST = {attention: dynamic_conv_attention, depthwise_attention: fast_depthwise_attention}
 
 def accelerate(model: nn.Module) -> nn.Module:
-    "Let every mixer that computes by its definition compute by its fast evaluation: sets their `backend`, nothing else."
+    """Let every mixer that computes by its definition compute by its fast evaluation: sets their `backend`,
+    nothing else."""
     for mixer in model.modules():
         mixer_backend = getattr(mixer, 'backend', None)
         if mixer_backend in FAST: mixer.backend = FAST[mixer_backend]

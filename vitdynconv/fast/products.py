@@ -37,7 +37,8 @@ def room(memory: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 # %% ../../nbs/fast/00_products.ipynb #f3d05796
 def recorded() -> bool:
-    "Is the computation recorded (`torch.compile`, `torch.export`, ONNX, `torch.jit.trace`)? Then plain operators serve best."
+    """Is the computation recorded (`torch.compile`, `torch.export`, ONNX, `torch.jit.trace`)? Then plain
+    operators serve best."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 def trains(*tensors: Tensor | None) -> bool:

@@ -144,7 +144,8 @@ def relative_position(
 PATTERNS = deque(maxlen=16) # (mask, its patterns, the windows of each pattern), the latest masks seen
 
 def window_patterns(mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-    "The distinct masks (p, n, n) of a batch of windows (windows, n, n), and for each the windows that have it."
+    """The distinct masks (p, n, n) of a batch of windows (windows, n, n), and for each the windows that have
+    it."""
     for known, patterns, members in PATTERNS:
         same = known.shape == mask.shape and known.device == mask.device
         if same and torch.equal(known, mask): return patterns, members
@@ -155,14 +156,16 @@ def window_patterns(mask: Tensor) -> tuple[Tensor, list[Tensor]]:
     return patterns, members
 
 def masked_position(k: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    "The position term of (windows, h, n, d) over the kernels of a mask (windows, n, n): one product per pattern."
+    """The position term of (windows, h, n, d) over the kernels of a mask (windows, n, n): one product per
+    pattern."""
     y = torch.zeros_like(k)
     for pattern, members in zip(*window_patterns(mask)):
         y = y.index_copy(0, members, bias_product(k[members], bias * pattern))
     return y
 
 def masked_mean(k: Tensor, mask: Tensor) -> Tensor:
-    "The mean of (windows, h, n, d) over the kernels of a mask (windows or 1, n, n), which heads share; zero where it selects none."
+    """The mean of (windows, h, n, d) over the kernels of a mask (windows or 1, n, n), which heads share; zero
+    where it selects none."""
     count = mask.sum(-1, keepdim=True).clamp(min=1)
     y = mask.to(k.dtype) @ k.transpose(1, 2).flatten(2) / count        # (windows, n, h*d)
     return y.unflatten(2, (k.shape[1], -1)).transpose(1, 2)

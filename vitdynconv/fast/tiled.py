@@ -74,7 +74,8 @@ def elementwise_weights(f: Callable) -> Callable:
 
 # %% ../../nbs/fast/02_tiled.ipynb #7a786cd6
 def weights_and_pull(act: Callable, logits: Tensor, bias, mask, params: list) -> tuple[Tensor, Callable]:
-    "The weights of a tile, and the function that turns their gradient into those of logits, bias and parameters."
+    """The weights of a tile, and the function that turns their gradient into those of logits, bias and
+    parameters."""
     if act is relu_weights:
         weights = F.relu(logits, inplace=True)
         if bias is None: return weights, lambda grad: [grad.mul_(weights.sign_()), None]
@@ -105,7 +106,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     else: total += scaled_product(a, b, scale)
 
 class Tiled(torch.autograd.Function):
-    "`gain * act(scale * Q K', bias, mask) V` for (g, n, d), tile by tile, computed again in the backward pass."
+    """`gain * act(scale * Q K', bias, mask) V` for (g, n, d), tile by tile, computed again in the backward
+    pass."""
     @staticmethod
     def forward(q, k, v, bias, mask, act, scale, gain, num_heads, *params):
         out = q.new_empty(*q.shape[:2], v.shape[2])
@@ -164,7 +166,8 @@ def by_closed_form(n: int, m: int, relu: bool, training: bool) -> bool:
     return n * m > (STORED if relu or training else STORED // 2)
 
 def layernorm_weights(relu: bool, eps: float) -> Callable:
-    "LayerNorm of whole rows, then perhaps ReLU, as a function of logits, bias, mask (None), weight and shift."
+    """LayerNorm of whole rows, then perhaps ReLU, as a function of logits, bias, mask (None), weight and
+    shift."""
     def weights(logits, bias=None, mask=None, weight=None, shift=None):
         wide = logits.float() if logits.dtype in HALF else logits
         affine = [None if t is None else t.to(wide.dtype) for t in (weight, shift)]

@@ -163,7 +163,8 @@ def relu_attention(
     gain: float = 1.,            # factor of the result
     shift: Tensor | None = None, # (m,) added to the logits of each kernel
 ) -> Tensor:                     # (b, h, n, d)
-    "`gain * relu(factor * Q K' + shift) V` without the matrix of logits, forward and backward. First-order gradients."
+    """`gain * relu(factor * Q K' + shift) V` without the matrix of logits, forward and backward. First-order
+    gradients."""
     flat = [t.flatten(0, 1).contiguous() for t in (q, k, v)]
     if not isinstance(factor, Tensor): factor = q.new_full(q.shape[:3], factor, dtype=torch.float32)
     factor = factor.float().flatten(0, 1).contiguous()
@@ -209,7 +210,8 @@ def check_kernels(device: torch.device, dtype: torch.dtype, columns: int) -> boo
         reason = f'they differ from the definition by {gap:.1g}'
     except Exception as error:
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
-    warnings.warn(f'the Triton kernels of vitdynconv do not work on {device} in {dtype} with head size {columns}'
+    warnings.warn(f'the Triton kernels of vitdynconv do not work on {device} in {dtype} with head '
+                  f'size {columns}'
                   f' ({reason}); ReLU attention is computed by PyTorch instead')
     return False
 

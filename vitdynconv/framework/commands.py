@@ -16,7 +16,8 @@ def vdc_equiv(
     csv: str = '',      # also write the table to this CSV file
     json: str = '',     # also write the table to this JSON file
 ):
-    "Check every equivalence of the paper in float64, outputs and all gradients, and print one row each. Exits with 1 if one exceeds --tol."
+    """Check every equivalence of the paper in float64, outputs and all gradients, and print one row each.
+    Exits with 1 if one exceeds --tol."""
     if not tol > 0: raise ValueError(f'--tol {tol} must be above 0; leave it out for 1e-12')
     for option, path in {'--csv': csv, '--json': json}.items(): check_target(path, option)
     from vitdynconv.framework.proofs import equivalence_table
@@ -26,5 +27,6 @@ def vdc_equiv(
     failed = [row for row in rows if not max(row['outputs'], row['gradients']) < tol]
     if failed:
         first = f'{failed[0]["computation"]} against {failed[0]["reference"]}'
-        exit_with_message('vdc_equiv', f'{len(failed)} of {len(rows)} equivalences exceed {tol}, first: {first}', 1)
+        exit_with_message('vdc_equiv', f'{len(failed)} of {len(rows)} equivalences exceed {tol}, '
+                          f'first: {first}', 1)
     print(f'\n{len(rows)} equivalences, all below {tol} in float64, outputs and every gradient')

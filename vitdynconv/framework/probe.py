@@ -41,8 +41,10 @@ class CutMixer:
         self.run = getattr(module, HOOKS['attend']) if windows else module
         self.x = x.double()
         self.layers, self.parts = generators(self.mixer)
-        self.query = self.layers[0] if self.parts else getattr(self.mixer, 'query', None)       # None: q is the input
-        self.output = getattr(self.mixer, 'proj', None) or getattr(self.mixer, 'out', None)     # the static convolution
+        # None: q is the input
+        self.query = self.layers[0] if self.parts else getattr(self.mixer, 'query', None)
+        # the static convolution
+        self.output = getattr(self.mixer, 'proj', None) or getattr(self.mixer, 'out', None)
         self.channels_last = bool(self.parts) and x.shape[-1] == in_channels(self.layers[0])
         parameters = module.named_parameters()
         self.tables = [p for name, p in parameters if name.endswith('relative_position_bias_table')]
@@ -153,7 +155,8 @@ class Probe:
         self.made = self.cut.kernels(self.z)
         self.y = self.cut(self.q, self.made)        # (positions, channels)
         self.positions = len(self.y)
-        self.sets = {}                              # position -> whose kernels are used there, once it was asked for
+        # position -> whose kernels are used there, once it was asked for
+        self.sets = {}
 
     def inner_position(self) -> int:
         "A position away from the border."
@@ -198,7 +201,8 @@ def stride(self: Probe) -> int:
 
 @patch
 def reach(self: Probe) -> int:
-    "Positions along the first axis that the output is made of: its own and twice those on the side away from the border."
+    """Positions along the first axis that the output is made of: its own and twice those on the side away
+    from the border."""
     gradient = self.feature_gradient().abs()
     if self.cut.parts: return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
     rows = is_nonzero(gradient[0].sum(0).reshape(gradient.shape[2], -1).sum(1))
@@ -357,7 +361,8 @@ def bank(self: Probe) -> tuple[str, str, int | None]: # bank, selection, number 
 # %% ../../nbs/framework/01_probe.ipynb #d62823b9
 @patch
 def activation(self: Probe) -> str:
-    "The name of one of our activations; 'softmax' for another module whose weights sum to one; else 'unknown'."
+    """The name of one of our activations; 'softmax' for another module whose weights sum to one; else
+    'unknown'."""
     own = self.cut.activation
     if own is not None: return getattr(own, 'name', own)
     _, values = self.keys_and_values()
@@ -459,9 +464,12 @@ def example_input(
     "An input for a module that does not come with one. ValueError, asking for `x`, if none can be derived."
     random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     size = image_size(module)
-    if size: return random(1, next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), *size)
+    if size:
+        return random(1, next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)), *size)
     layers, parts = generators(module)
-    if not layers: raise ValueError(f'{type(module).__name__} does not say what its input looks like; pass x, an example')
+    if not layers:
+        raise ValueError(f'{type(module).__name__} does not say what its input looks like; pass '
+                         'x, an example')
     channels = in_channels(layers[0])
     if parts: return random(1, math.prod(grid_of(module)) + getattr(module, 'num_prefix_tokens', 0), channels)
     side = 12 if hasattr(module, 'query') else 15
@@ -471,8 +479,10 @@ def example_input(
 def describe(
     module: nn.Module,       # a token mixer, a block, or a whole model
     x: Tensor | None = None, # an input of it; made up where the module says enough about itself
-) -> KernelSpec | dict[str, KernelSpec]: # of a mixer; for anything larger, path -> specification of each mixer in it
-    "Derive bank, selection, type, size, activation and position of live modules by experiment. ValueError if there is no token mixer."
+# of a mixer; for anything larger, path -> specification of each mixer in it
+) -> KernelSpec | dict[str, KernelSpec]:
+    """Derive bank, selection, type, size, activation and position of live modules by experiment. ValueError
+    if there is no token mixer."""
     x = (example_input(module) if x is None else x[:1]).to(next(module.parameters()))
     if generators(module).layers: return describe_mixer(module, x)
     blocks = {path: block_around(module, path) for path in find_mixers(module)}
@@ -504,10 +514,12 @@ def five_networks() -> dict[str, KernelSpec]: # name in Table 1 -> specification
     }
 
 # %% ../../nbs/framework/01_probe.ipynb #bbf3f55f
-COLUMNS = dict(kernel_bank='Kernel Bank', kernel_selection='Kernel Selection', kernel_type='Kernel Type', kernel_size='Kernel Size')
+COLUMNS = dict(kernel_bank='Kernel Bank', kernel_selection='Kernel Selection', kernel_type='Kernel Type',
+               kernel_size='Kernel Size')
 
 def table1() -> list[dict]: # one dict per network: its name and the four dimensions
-    "Table 1 of the paper, derived from live modules of its five networks (section 3.3). Cells that are inferred rather than printed stand in [brackets]."
+    """Table 1 of the paper, derived from live modules of its five networks (section 3.3). Cells that are
+    inferred rather than printed stand in [brackets]."""
     from vitdynconv.models.paper import TABLE1
     specs = five_networks()
     rows = []

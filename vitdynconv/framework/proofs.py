@@ -45,12 +45,15 @@ class Comparison(NamedTuple):
 
     def difference(self) -> Difference:
         "The largest difference of outputs and of gradients."
-        if self.in_numpy: return reference.difference_from_reference(self.computed, self.reference, self.inputs, self.parameters)
+        if self.in_numpy:
+            return reference.difference_from_reference(self.computed, self.reference, self.inputs,
+                                                       self.parameters)
 
         def by_place(function): return lambda *values: function(**dict(zip(self.inputs, values)))
 
         pairs = [(p, p) for p in self.parameters.values()]
-        return difference(by_place(self.computed), by_place(self.reference), *self.inputs.values(), params=pairs)
+        return difference(by_place(self.computed), by_place(self.reference), *self.inputs.values(),
+                          params=pairs)
 
 # %% ../../nbs/framework/04_proofs.ipynb #ac12502c
 class Proof(NamedTuple):
@@ -136,7 +139,8 @@ def swin_convs(dtype: torch.dtype) -> Comparison:
         state = {f'mixer.{name}': w for name, w in state.items()}
         return functional_call(ours, state, (x.permute(0, 3, 1, 2),)).permute(0, 2, 3, 1)
 
-    return Comparison(convs, partial(swin_attention, block), dict(x=normal(2, 8, 12, 24, dtype=dtype)), weights)
+    return Comparison(convs, partial(swin_attention, block), dict(x=normal(2, 8, 12, 24, dtype=dtype)),
+                      weights)
 
 # %% ../../nbs/framework/04_proofs.ipynb #2e93f312
 def swin_mask(dtype, size: tuple[int, int], window: int, shift: int) -> Comparison:
@@ -157,8 +161,10 @@ def swin_mask(dtype, size: tuple[int, int], window: int, shift: int) -> Comparis
     x = normal(2, *size, 24, dtype=dtype)
     return Comparison(masked, partial(swin_attention, block), dict(x=x), dict(attn.named_parameters()))
 
-for kind, size, shift in [('plain windows', (8, 12), 0), ('shifted windows', (8, 12), 2), ('shifted, padded', (7, 10), 2)]:
-    proof('Swin', 'mask over the map', f'timm block, {kind}')(partial(swin_mask, size=size, window=4, shift=shift))
+for kind, size, shift in [('plain windows', (8, 12), 0), ('shifted windows', (8, 12), 2),
+                          ('shifted, padded', (7, 10), 2)]:
+    proof('Swin', 'mask over the map',
+          f'timm block, {kind}')(partial(swin_mask, size=size, window=4, shift=shift))
 
 # %% ../../nbs/framework/04_proofs.ipynb #3f181cf3
 @proof('Linformer', 'DynamicConvAttention, ProjectedKernels', 'SDPA over mixtures')
@@ -173,7 +179,8 @@ def linformer(dtype: torch.dtype) -> Comparison:
         v = torch.einsum('hjl,bhjd->bhld', bank.F, v)
         return ours.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
-    return Comparison(ours.forward, sdpa, dict(x=normal(2, 20, 24, dtype=dtype)), dict(ours.named_parameters()))
+    return Comparison(ours.forward, sdpa, dict(x=normal(2, 20, 24, dtype=dtype)),
+                      dict(ours.named_parameters()))
 
 # %% ../../nbs/framework/04_proofs.ipynb #bd506c39
 @proof('D-Conv', 'router, mixed kernel, convolution', 'NumPy, position by position')
@@ -181,7 +188,8 @@ def dynamic_conv(dtype: torch.dtype) -> Comparison:
     "Four mixed kernels (arXiv 1912.03458), with stride, dilation and groups, maps (3, 8, 9, 7)."
     conv = DynamicConv2d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2, temperature=2.)
     options = dict(temperature=2., stride=2, dilation=2, groups=2)
-    return judged(prepared(conv, dtype), partial(reference.dynamic_conv, **options), normal(3, 8, 9, 7, dtype=dtype))
+    return judged(prepared(conv, dtype), partial(reference.dynamic_conv, **options),
+                  normal(3, 8, 9, 7, dtype=dtype))
 
 @proof('D-Conv', 'router, mixed kernel, convolution', 'timm CondConv2d')
 def cond_conv(dtype: torch.dtype) -> Comparison:
@@ -196,7 +204,8 @@ def cond_conv(dtype: torch.dtype) -> Comparison:
         weights = dict(weight=conv.weight.flatten(1), bias=conv.bias)
         return functional_call(experts, weights, (x, coefficients))
 
-    return Comparison(conv.forward, by_experts, dict(x=normal(3, 8, 9, 7, dtype=dtype)), dict(conv.named_parameters()))
+    return Comparison(conv.forward, by_experts, dict(x=normal(3, 8, 9, 7, dtype=dtype)),
+                      dict(conv.named_parameters()))
 
 # %% ../../nbs/framework/04_proofs.ipynb #fc8ef4ec
 def generated_case(dtype, make: Callable, size: tuple, **options) -> Comparison:
@@ -207,9 +216,13 @@ def generated_case(dtype, make: Callable, size: tuple, **options) -> Comparison:
 per_position = partial(DynamicDepthwiseConv2d, 8, 5, stride=2, groups=4)
 per_image = partial(DynamicDepthwiseConv2d, 8, 3, per='image')
 involution = partial(Involution2d, 8, 3, 2, group_channels=4)
-proof('D-DW-Conv', 'generator, kernel for each position', 'NumPy')(partial(generated_case, make=per_position, size=(5, 5), stride=2))
-proof('D-DW-Conv', 'generator, kernel for each image', 'NumPy')(partial(generated_case, make=per_image, size=(3, 3), pool='image'))
-proof('D-DW-Conv', 'involution', 'NumPy')(partial(generated_case, make=involution, size=(3, 3), pool='block', stride=2));
+proof('D-DW-Conv', 'generator, kernel for each position',
+      'NumPy')(partial(generated_case, make=per_position, size=(5, 5), stride=2))
+proof('D-DW-Conv', 'generator, kernel for each image',
+      'NumPy')(partial(generated_case, make=per_image, size=(3, 3), pool='image'))
+proof('D-DW-Conv', 'involution',
+      'NumPy')(partial(generated_case, make=involution, size=(3, 3), pool='block', stride=2))
+
 
 # %% ../../nbs/framework/04_proofs.ipynb #c2d24a5b
 def activation_case(dtype, name: str) -> Comparison:
@@ -231,7 +244,8 @@ def activation_case(dtype, name: str) -> Comparison:
 
 def activation_proofs() -> list[Proof]:
     "One for each activation in the registry."
-    return [Proof('activation', f'{name}, dynamic convs', 'formula in NumPy', partial(activation_case, name=name)) for name in ACTIVATIONS]
+    return [Proof('activation', f'{name}, dynamic convs', 'formula in NumPy',
+                  partial(activation_case, name=name)) for name in ACTIVATIONS]
 
 # %% ../../nbs/framework/04_proofs.ipynb #1651f7ca
 @proof('activation', "scaling, Q (K'V) merged", "(Q K') V in NumPy")
@@ -252,7 +266,8 @@ def relative(dtype: torch.dtype) -> Comparison:
     table, v = normal(7 * 9, 3, dtype=dtype), normal(2, 3, 20, 8, dtype=dtype)
 
     def conv(table, v):
-        maps = v.permute(0, 3, 1, 2).flatten(0, 1).unflatten(2, grid)   # (b * d, h, H, W): the heads are the channels
+        # (b * d, h, H, W): the heads are the channels
+        maps = v.permute(0, 3, 1, 2).flatten(0, 1).unflatten(2, grid)
         y = F.conv2d(maps, table_to_kernel(table, grid)[:, None], padding=(3, 4), groups=3)
         return y.flatten(2).unflatten(0, (2, 8)).permute(0, 2, 3, 1)
 
@@ -266,18 +281,22 @@ def depthwise(dtype: torch.dtype) -> Comparison:
     "Eq. 5 with a position table and a mask in which one row selects nothing, tokens (2, 20, 24)."
     ours = prepared(DepthwiseSelfAttention(24, 3, pos='rel', grid_size=(4, 5)), dtype)
     mask = torch.zeros(20, 20, dtype=torch.bool)
-    mask[:10, :10] = mask[10:19, 10:19] = True                          # two windows, and a position without any
+    # two windows, and a position without any
+    mask[:10, :10] = mask[10:19, 10:19] = True
 
     def definition(x, **state): return reference.depthwise_mixer(x, state, 3, (4, 5), mask=mask.numpy())
 
-    return Comparison(lambda x: ours(x, mask=mask), definition, dict(x=normal(2, 20, 24, dtype=dtype)), dict(ours.named_parameters()), in_numpy=True)
+    return Comparison(lambda x: ours(x, mask=mask), definition, dict(x=normal(2, 20, 24, dtype=dtype)),
+                      dict(ours.named_parameters()), in_numpy=True)
 
 @proof('future work', 'k x k kernels, stride 2', 'two k x k convolutions in NumPy')
 def large_kernels(dtype: torch.dtype) -> Comparison:
     "Dynamic 3 x 3 kernels at every second position (section 5), maps (2, 8, 6, 5)."
     block = prepared(KernelAttention2d(8, 2, 3, stride=2), dtype)
 
-    def definition(x, state): return reference.kernel_attention(x, state, 2, 3, reference.formula_of(block.act, state, 'act.', 4), stride=2)
+    def definition(x, state):
+        return reference.kernel_attention(x, state, 2, 3, reference.formula_of(block.act, state, 'act.', 4),
+                                          stride=2)
 
     return judged(block, definition, normal(2, 8, 6, 5, dtype=dtype))
 
@@ -303,7 +322,8 @@ def selection_case(dtype, name: str, mixer: type) -> Comparison:
 
     def definition(x, state):
         if mixer is DepthwiseSelfAttention: return reference.depthwise_mixer(x, state, 3, grid, mask=mask)
-        return reference.attention_mixer(x, state, 3, reference.formula_of(ours.act, state, 'act.', 8), grid, mask=mask)
+        return reference.attention_mixer(x, state, 3, reference.formula_of(ours.act, state, 'act.', 8), grid,
+                                         mask=mask)
 
     return judged(ours, definition, normal(2, 20, 24, dtype=dtype))
 
@@ -313,7 +333,8 @@ def selection_proofs() -> list[Proof]:
     proofs = []
     for name in REGISTERED:
         for kind, mixer in mixers.items():
-            proofs.append(Proof('selection', f'{name}, {kind}', 'mask in NumPy', partial(selection_case, name=name, mixer=mixer)))
+            proofs.append(Proof('selection', f'{name}, {kind}', 'mask in NumPy',
+                                partial(selection_case, name=name, mixer=mixer)))
     return proofs
 
 # %% ../../nbs/framework/04_proofs.ipynb #b16dab13
@@ -323,13 +344,15 @@ def all_proofs() -> list[Proof]:
 
 def equivalence_table(
     dtype: torch.dtype = torch.float64, # in which everything is computed
-) -> list[dict]:                        # system, computation, reference, dtype, outputs, gradients: the largest absolute differences
+# system, computation, reference, dtype, outputs, gradients: the largest absolute differences
+) -> list[dict]:
     "Run every proof: the largest difference of outputs and of the gradients of all inputs and parameters."
     rows = []
     for system, computation, judge, make in all_proofs():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             found = make(dtype).difference()
-        row = dict(system=system, computation=computation, reference=judge, dtype=str(dtype).removeprefix('torch.'))
+        row = dict(system=system, computation=computation, reference=judge,
+                   dtype=str(dtype).removeprefix('torch.'))
         rows.append(row | found._asdict())
     return rows

@@ -43,15 +43,18 @@ def difference_from_reference(
     inputs: dict,        # name -> tensor
     parameters: dict,    # name -> parameter that `computed` has inside
 ) -> Difference:         # largest difference of outputs, and of derivatives along random directions
-    "Judge a computation in PyTorch by one in NumPy: its outputs, and the gradient of every input and parameter."
+    """Judge a computation in PyTorch by one in NumPy: its outputs, and the gradient of every input and
+    parameter."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     tensors = leaves | dict(parameters)
     arrays = {name: t.detach().double().numpy() for name, t in tensors.items()}
     actual, expected = computed(**leaves), reference(**arrays)
     if tuple(actual.shape) != expected.shape:
-        raise ValueError(f'the outputs have shapes {tuple(actual.shape)} and {expected.shape}; compare computations of one shape')
+        raise ValueError(f'the outputs have shapes {tuple(actual.shape)} and {expected.shape}; compare '
+                         'computations of one shape')
     cotangent = unit_direction(expected.shape, seed=0) * math.sqrt(expected.size)
-    grads = torch.autograd.grad(actual, list(tensors.values()), torch.tensor(cotangent).to(actual), materialize_grads=True)
+    grads = torch.autograd.grad(actual, list(tensors.values()), torch.tensor(cotangent).to(actual),
+                                materialize_grads=True)
     gradients = 0.
     for seed, (name, grad) in enumerate(zip(tensors, grads), 1):
         direction = unit_direction(grad.shape, seed)
@@ -67,7 +70,8 @@ def parameter_names(
     settings = act.settings()
     names = {}
     for name, p in act.named_parameters():
-        same = [key for key, value in settings.items() if np.ndim(value) and np.array_equal(value, p.detach().double().cpu().numpy())]
+        same = [key for key, value in settings.items() if np.ndim(value)
+                and np.array_equal(value, p.detach().double().cpu().numpy())]
         names[name] = same[0]
     return names
 
@@ -108,7 +112,8 @@ def relative_bias(
     bias = np.zeros((table.shape[1], prefix + len(places), prefix + len(places)), table.dtype)
     for i, (y, x) in enumerate(places):
         for j, (v, u) in enumerate(places):
-            bias[:, prefix + i, prefix + j] = table[(y - v + height - 1) * (2 * width - 1) + x - u + width - 1]
+            bias[:, prefix + i, prefix + j] = table[(y - v + height - 1) * (2 * width - 1) + x - u
+                                                    + width - 1]
     return bias
 
 # %% ../../nbs/framework/02_reference.ipynb #9638a640
@@ -127,7 +132,8 @@ def depthwise_attention(
 
 # %% ../../nbs/framework/02_reference.ipynb #e903c5be
 def linear(x: np.ndarray, state: dict, name: str) -> np.ndarray:
-    "x (..., c) through a layer of the state dict: x W' + b. The kernel of a 1x1 convolution is taken as a matrix."
+    """x (..., c) through a layer of the state dict: x W' + b. The kernel of a 1x1 convolution is taken as a
+    matrix."""
     weight = state[f'{name}.weight']
     y = x @ weight.reshape(weight.shape[:2]).T
     return y + state[f'{name}.bias'] if f'{name}.bias' in state else y
@@ -144,7 +150,8 @@ def join_heads(y: np.ndarray) -> np.ndarray:
     return y.transpose(0, 2, 1, 3).reshape(b, n, h * d)
 
 def mix_kernels(k: np.ndarray, v: np.ndarray, state: dict) -> tuple:
-    "Linformer (arXiv 2006.04768, Eq. 7): k and v (b, h, n, d) to (b, h, m, d); as they are without `selection.E`."
+    """Linformer (arXiv 2006.04768, Eq. 7): k and v (b, h, n, d) to (b, h, m, d); as they are without
+    `selection.E`."""
     if 'selection.E' not in state: return k, v
     E = state['selection.E']                                  # (h or 1, n, m)
     F = state.get('selection.F', E)
@@ -158,7 +165,8 @@ def bias_of(state: dict, grid: tuple[int, int], prefix: int) -> np.ndarray | Non
 # %% ../../nbs/framework/02_reference.ipynb #906716c1
 def attention_mixer(
     x: np.ndarray,        # (b, n, c) tokens
-    state: dict,          # `qkv`, `proj`, and where there are any a position table and Linformer's projections
+    # `qkv`, `proj`, and where there are any a position table and Linformer's projections
+    state: dict,
     heads: int,
     weights_of: Callable, # (logits, bias, mask) -> weights
     grid=None,            # (H, W), for the position table
@@ -172,7 +180,8 @@ def attention_mixer(
     y = attention(q, k, v, weights_of, bias_of(state, grid, prefix), mask)
     return linear(join_heads(y), state, 'proj')
 
-def depthwise_mixer(x: np.ndarray, state: dict, heads: int, grid=None, prefix: int = 0, mask=None) -> np.ndarray:
+def depthwise_mixer(x: np.ndarray, state: dict, heads: int, grid=None, prefix: int = 0,
+                    mask=None) -> np.ndarray:
     "`DepthwiseSelfAttention` (section 4.3): (b, n, c) to (b, n, c); arguments as for `attention_mixer`."
     q, k = split_heads(linear(x, state, 'qk'), 2, heads)
     if callable(mask): mask = mask(np.einsum('bhnd,bhmd->bhnm', q, k))
@@ -279,7 +288,8 @@ def dynamic_depthwise_conv(
     images = []
     for image in x:
         around = patches(image, size, stride, dilation)                      # (c, H', W', kh, kw)
-        made = generated(image, state, pool, stride)                         # (groups * kh * kw, H' or 1, W' or 1)
+        # (groups * kh * kw, H' or 1, W' or 1)
+        made = generated(image, state, pool, stride)
         kernels = made.reshape(-1, *size, *made.shape[1:])
         kernels = kernels.repeat(len(image) // len(kernels), 0)              # (c, kh, kw, ...)
         kernels = np.broadcast_to(kernels, (*kernels.shape[:3], *around.shape[1:3]))
@@ -303,7 +313,8 @@ def generated_conv(x: np.ndarray, state: dict, size: int, pool='image') -> np.nd
 # %% ../../nbs/framework/02_reference.ipynb #32cc6a77
 def kernel_attention(
     x: np.ndarray,        # (b, c, H, W)
-    state: dict,          # `query`, `key`, `value`, `out`; channels of key and value ordered head, channel, tap
+    # `query`, `key`, `value`, `out`; channels of key and value ordered head, channel, tap
+    state: dict,
     heads: int,
     size: int,            # k
     weights_of: Callable, # (logits, bias, mask) -> weights
@@ -313,9 +324,11 @@ def kernel_attention(
     "Two dynamic convolutions of k x k with an activation between them."
     images = []
     for image in x:
-        maps = [np.moveaxis(linear(np.moveaxis(image, 0, 2), state, name), 2, 0) for name in ('query', 'key', 'value')]
+        maps = [np.moveaxis(linear(np.moveaxis(image, 0, 2), state, name), 2, 0)
+                for name in ('query', 'key', 'value')]
         query, key, value = [t.reshape(heads, -1, *image.shape[1:]) for t in maps]
-        k, v = [t.reshape(1, heads, t.shape[1], -1).swapaxes(2, 3) for t in (key, value)]      # (1, h, n, d * taps)
+        # (1, h, n, d * taps)
+        k, v = [t.reshape(1, heads, t.shape[1], -1).swapaxes(2, 3) for t in (key, value)]
         k, v = mix_kernels(k, v, state)
         places = np.arange(image[0].size).reshape(image.shape[1:])[::stride, ::stride].ravel()
         bias = bias_of(state, image.shape[1:], 0)

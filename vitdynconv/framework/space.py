@@ -135,9 +135,11 @@ def check_values(name: str, values) -> None: # nothing: raises ValueError
     if wrong: raise ValueError(f'{name} cannot be {wrong[0]!r}; choose among {valid}')
 
 def design_space(
-    **only, # dimension -> the values to enumerate, such as kernel_size=(1, 3, 5); all of `SPACE` for those left out
+    # dimension -> the values to enumerate, such as kernel_size=(1, 3, 5); all of `SPACE` for those left out
+    **only,
 ) -> list[Cell]: # every combination
-    "Enumerate bank x selection x type x size x activation x position. ValueError for an unknown dimension or value."
+    """Enumerate bank x selection x type x size x activation x position. ValueError for an unknown dimension
+    or value."""
     for name, values in only.items(): check_values(name, values)
     specs = [KernelSpec(*values) for values in product(*(SPACE | only).values())]
     return [Cell(spec, why_not(spec)) for spec in specs]
@@ -170,7 +172,9 @@ class Windowed(nn.Module):
     "Any mixer of maps, in the windows of a map: hard local selection. ValueError for a rule that shifts."
     def __init__(self, rule: WindowKernels, mixer: nn.Module):
         super().__init__()
-        if any(rule.shift_size): raise ValueError(f'{rule} shifts, which needs a mask that not every mixer takes; use shift_size=0')
+        if any(rule.shift_size):
+            raise ValueError(f'{rule} shifts, which needs a mask that not every mixer takes; use '
+                             'shift_size=0')
         self.rule = rule
         self.mixer = mixer
 
@@ -218,7 +222,8 @@ def build_pair(spec: KernelSpec, dim: int, grid: tuple[int, int], heads: int) ->
     n = math.prod(grid)
     options = dict(activation=spec.activation, num_kernels=n, grid_size=grid)
     if spec.position == 'rel': options['pos'] = 'rel'
-    if spec.selection == 'soft': options |= dict(selection=ProjectedKernels(grid, n // 2, heads), num_kernels=n // 2)
+    if spec.selection == 'soft':
+        options |= dict(selection=ProjectedKernels(grid, n // 2, heads), num_kernels=n // 2)
     if spec.selection in REGISTERED: options['selection'] = make_selection(spec.selection, grid)
     if spec.kernel_size > 1: return KernelAttention2d(dim, heads, spec.kernel_size, **options)
     return OnMap(DynamicConvAttention(dim, heads, **options))
@@ -250,13 +255,17 @@ def build(
     grid_size: tuple[int, int] = (8, 8),    # height and width of the map
     num_heads: int = 2,                     # heads, where there are any
 ) -> nn.Module:                             # (b, dim, h, w) to (b, dim, h, w)
-    "Build a token mixer to a specification; local selection has four windows. ValueError, with the reason, for an impossible one."
-    if reason := why_not(spec): raise ValueError(f'{spec} cannot be built: {reason}; design_space() lists the cells that can')
+    """Build a token mixer to a specification; local selection has four windows. ValueError, with the reason,
+    for an impossible one."""
+    if reason := why_not(spec):
+        raise ValueError(f'{spec} cannot be built: {reason}; design_space() lists the cells that can')
     grid = tuple(grid_size)
     if spec.selection == 'local':
-        if any(g % 2 for g in grid): raise ValueError(f'grid_size={grid_size} does not split into four windows; choose even numbers')
+        if any(g % 2 for g in grid):
+            raise ValueError(f'grid_size={grid_size} does not split into four windows; choose even numbers')
         grid = tuple(g // 2 for g in grid)
-    averages = spec.kernel_type == 'depthwise' and spec.kernel_size == 1 and spec.bank == 'dynamic' and spec.selection != 'soft'
+    averages = (spec.kernel_type == 'depthwise' and spec.kernel_size == 1 and spec.bank == 'dynamic'
+                and spec.selection != 'soft')
     if spec.kernel_type == 'pair': mixer = build_pair(spec, dim, grid, num_heads)
     elif averages: mixer = build_depthwise_attention(spec, dim, grid, num_heads)
     else: mixer = build_single(spec, dim, grid)
@@ -279,13 +288,15 @@ def definition_of_mixer(
     size, grid = spec.kernel_size, x.shape[2:]
     if spec.kernel_type == 'pair' and size > 1:
         weights_of = reference.formula_of(mixer.act, state, 'act.', x.shape[1] // heads)
-        return reference.kernel_attention(x, state, heads, size, weights_of, mask=definition_of_mask(spec, mixer, grid))
+        return reference.kernel_attention(x, state, heads, size, weights_of,
+                                          mask=definition_of_mask(spec, mixer, grid))
     if isinstance(mixer, OnMap):
         tokens = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
         y = definition_of_tokens(spec, mixer.mixer, tokens, inside(state, 'mixer'), heads, grid)
         return y.swapaxes(1, 2).reshape(x.shape)
     depthwise = spec.kernel_type == 'depthwise'
-    if spec.bank == 'static': return reference.dynamic_conv(x, state, 1., groups=x.shape[1] if depthwise else 1)
+    if spec.bank == 'static':
+        return reference.dynamic_conv(x, state, 1., groups=x.shape[1] if depthwise else 1)
     pool = 'position' if spec.bank == 'none' else 'image'
     if spec.selection == 'soft': pool = state['generator.pool.E'][0]
     if spec.selection in REGISTERED:
@@ -310,7 +321,8 @@ def definition_of_tokens(
     return reference.attention_mixer(x, state, heads, weights_of, grid, mask=mask)
 
 def definition_of_mask(spec: KernelSpec, owner: nn.Module, grid: tuple):
-    "The mask of a selection from the registry: (n, n) bool, a function of the logits, or None for the others."
+    """The mask of a selection from the registry: (n, n) bool, a function of the logits, or None for the
+    others."""
     if spec.selection not in REGISTERED: return None
     return reference.selection_mask(spec.selection, owner.selection, grid)
 
@@ -341,4 +353,5 @@ def against_definition(
     def by_definition(x, **state):
         return definition(spec, module, x, constant | state, num_heads)
 
-    return reference.difference_from_reference(module, by_definition, dict(x=x), dict(module.named_parameters()))
+    return reference.difference_from_reference(module, by_definition, dict(x=x),
+                                               dict(module.named_parameters()))

@@ -29,12 +29,14 @@ def selection_words(
 class KernelSpec:
     "Where a token mixer stands in the design space (section 3.3; sections 4.2 and 4.3 for the last two)."
     bank: str                      # 'dynamic', 'static', or 'none': every position has a kernel of its own
-    selection: str                 # 'all', 'local', 'soft', another name in `SELECTIONS`, or 'none' without a bank
+    # 'all', 'local', 'soft', another name in `SELECTIONS`, or 'none' without a bank
+    selection: str
     kernel_type: str               # 'pair', 'dense' or 'depthwise'
     kernel_size: int = 1           # k
     activation: str | None = None  # between the kernels of a pair: a name in `ACTIVATIONS`
     position: str | None = None    # 'rel', 'abs' or None
-    num_kernels: int | None = field(default=None, compare=False) # kernels that a position uses, if there is a bank
+    # kernels that a position uses, if there is a bank
+    num_kernels: int | None = field(default=None, compare=False)
 
     def type_words(self) -> str:
         "The kernel type in Table 1's words."
@@ -54,7 +56,8 @@ class KernelSpec:
 class LayerNames(NamedTuple):
     "Names under which a token mixer keeps the layers that make its kernels."
     names: tuple[str, ...]
-    parts: int = 0 # equal parts that the output consists of, the first being the feature map; 0: all of it makes kernels
+    # equal parts that the output consists of, the first being the feature map; 0: all of it makes kernels
+    parts: int = 0
 
 GENERATOR_NAMES = (
     LayerNames(('qkv',), parts=3),

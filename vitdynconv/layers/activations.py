@@ -38,7 +38,8 @@ class Activation(nn.Module):
         self.head_dim = head_dim
 
     def __init_subclass__(cls):
-        if 'family' not in vars(cls): cls.family = 'rows'   # what a parent promises need not hold for its child
+        if 'family' not in vars(cls):
+            cls.family = 'rows'   # what a parent promises need not hold for its child
 
     def forward(self,
         logits: Tensor,             # (..., n, m) raw scores q.k
@@ -72,12 +73,14 @@ class Activation(nn.Module):
 
 # %% ../../nbs/layers/02_activations.ipynb #9783376a
 def reference_rows(
-    formula: Callable,       # (s, b, **settings) -> weights: selected logits and biases of one row, 1-D arrays
+    # (s, b, **settings) -> weights: selected logits and biases of one row, 1-D arrays
+    formula: Callable,
     logits: np.ndarray,      # (..., n, m)
     bias=None,               # broadcasts to (..., n, m), or None for zero
     mask=None,               # bool, broadcasts to (..., n, m), or None for all
     **settings,              # for `formula`; an array of m entries is cut like the row
-) -> np.ndarray:             # (..., n, m) float64, or complex if an argument is; zero where nothing is selected
+# (..., n, m) float64, or complex if an argument is; zero where nothing is selected
+) -> np.ndarray:
     "Apply a formula to the selected kernels of one row after the other."
     arrays = [value for value in settings.values() if np.ndim(value)]
     logits = np.asarray(logits)
@@ -123,7 +126,8 @@ def register(name: str):
     def enter(cls):
         old = ACTIVATIONS.get(name, cls)
         if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f'the name {name!r} belongs to {old.__module__}.{old.__qualname__}; choose another one, '
+            raise ValueError(f'the name {name!r} belongs to {old.__module__}.{old.__qualname__}; choose '
+                             'another one, '
                              f'or call ACTIVATIONS.pop({name!r}) first to replace it')
         if cls.family not in FAMILIES:
             raise ValueError(f'{cls.__name__} has family={cls.family!r}; choose one of '
@@ -136,7 +140,8 @@ def register(name: str):
 # %% ../../nbs/layers/02_activations.ipynb #42eec116
 def create_activation(
     name: str | nn.Module,          # a key of `ACTIVATIONS`; a module is returned as it is
-    num_kernels: int | None = None, # size of the kernel bank: needed by `ln` and `ln_relu` with affine weights
+    # size of the kernel bank: needed by `ln` and `ln_relu` with affine weights
+    num_kernels: int | None = None,
     head_dim: int | None = None,    # channels of a head: needed by all that scale by it
     **options,                      # the activation's own options, see its class
 ) -> nn.Module:                     # the activation
@@ -433,7 +438,8 @@ class Sparsemax(Softmax):
         s = at_least_float32(scores)
         s = s - s.amax(-1, keepdim=True)
         ordered = s.sort(-1, descending=True).values
-        ordered = ordered.clamp(min=-2)      # what lies 1 below the largest has weight 0: clamping changes nothing
+        # what lies 1 below the largest has weight 0: clamping changes nothing
+        ordered = ordered.clamp(min=-2)
         count = torch.arange(1, s.shape[-1] + 1, device=s.device, dtype=s.dtype)
         excess = ordered.cumsum(-1) - 1
         support = (count * ordered > excess).sum(-1, keepdim=True)

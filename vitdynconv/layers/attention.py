@@ -57,11 +57,14 @@ class TokenMixer(nn.Module):
         dim: int,                             # channels of a token, D
         num_heads: int = 8,                   # heads h
         head_dim: int | None = None,          # channels of a head, d; `dim // num_heads` if None
-        pos: str | None = None,               # 'rel' for a relative position table; None if position is absolute or absent
-        grid_size: int | tuple | None = None, # (H, W) of the map or window the tokens lie on; needed by pos='rel'
+        # 'rel' for a relative position table; None if position is absolute or absent
+        pos: str | None = None,
+        # (H, W) of the map or window the tokens lie on; needed by pos='rel'
+        grid_size: int | tuple | None = None,
         num_prefix_tokens: int = 0,           # class and register tokens in front of the grid
         num_tables: int | None = None,        # tables of relative position: one per head unless given
-        selection=None,                       # a name in `SELECTIONS`, an object of such a class, or None for all kernels
+        # a name in `SELECTIONS`, an object of such a class, or None for all kernels
+        selection=None,
         selection_options: dict | None = None, # further options of a selection given by name
         kernel_size: int = 1,                 # k of the dynamic kernels; above 1 see `vitdynconv.layers.kxk`
         device=None, dtype=None,
@@ -109,14 +112,16 @@ def make_table(self: TokenMixer,
     table = None
     if pos:
         h, w = self.grid_size
-        table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), self.num_tables, device=device, dtype=dtype))
+        table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), self.num_tables, device=device,
+                                         dtype=dtype))
     self.register_parameter('relative_position_bias_table', table)
     self.reset_parameters()
 
 @patch
 def reset_parameters(self: TokenMixer) -> None:
     "Start the position table as timm does; layers know their own start."
-    if self.relative_position_bias_table is not None: trunc_normal_(self.relative_position_bias_table, std=.02)
+    if self.relative_position_bias_table is not None:
+        trunc_normal_(self.relative_position_bias_table, std=.02)
 
 @patch
 def make_output(self: TokenMixer,
@@ -125,7 +130,8 @@ def make_output(self: TokenMixer,
     device=None, dtype=None,
 ) -> None:                    # registers `proj` and `proj_drop`
     "The static convolution at the end."
-    self.proj = nn.Linear(self.num_heads * self.head_dim, self.dim, bias=proj_bias, device=device, dtype=dtype)
+    self.proj = nn.Linear(self.num_heads * self.head_dim, self.dim, bias=proj_bias, device=device,
+                          dtype=dtype)
     self.proj_drop = nn.Dropout(proj_drop)
 
 # %% ../../nbs/layers/05_attention.ipynb #tapscod1
@@ -156,7 +162,8 @@ def widen(self: TokenMixer,
     x: Tensor,              # (b, n, dim) tokens
     *kernels: Tensor,       # (b, h, n, d) each: keys, or keys and values
 ) -> list[Tensor]:          # (b, h, n, d * taps) each
-    "The kernels with all their taps. `qk_norm` normalises the center, so that taps of zero leave the module as it was."
+    """The kernels with all their taps. `qk_norm` normalises the center, so that taps of zero leave the module
+    as it was."""
     from vitdynconv.layers.kxk import join_taps
     others = self.kernel_size ** 2 - 1
     made = split_heads(self.taps(x), len(kernels) * others, self.head_dim)
@@ -211,7 +218,8 @@ def resize_weights(self: TokenMixer, weight: Tensor, new_grid: tuple[int, int]) 
     return resize_per_kernel(weight, self.grid_size, new_grid, self.num_prefix_tokens)
 
 def resize_activation(
-    act: nn.Module,   # an activation, changed in place; modules that know no `resized_parameters` stay as they are
+    # an activation, changed in place; modules that know no `resized_parameters` stay as they are
+    act: nn.Module,
     resize: Callable, # of a per-kernel parameter
 ) -> None:
     "Give an activation the per-kernel parameters of another grid."
@@ -283,16 +291,19 @@ class DynamicConvAttention(TokenMixer):
         head_dim: int | None = None,             # channels of a head, d; `dim // num_heads` if None
         qkv_bias: bool = True,                   # bias of the static convolutions for query, key and value
         qk_norm: bool = False,                   # normalise queries and keys with `norm_layer`
-        scale_norm: bool = False,                # timm's norm in front of `proj`: refused, the paper's block has none
+        # timm's norm in front of `proj`: refused, the paper's block has none
+        scale_norm: bool = False,
         proj_bias: bool = True,                  # bias of the output projection
         norm_layer: Callable = nn.LayerNorm,     # for `qk_norm`
         attn_drop: float = 0.,                   # dropout on the weights of the kernels
         proj_drop: float = 0.,                   # dropout on the output
         activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module
         activation_options: dict | None = None,  # further options of the activation
-        num_kernels: int | None = None,          # size of the bank, for LayerNorm; None: from grid or selection
+        # size of the bank, for LayerNorm; None: from grid or selection
+        num_kernels: int | None = None,
         backend: Callable = attention,           # how it is computed: any function equal to `attention`
-        device=None, dtype=None, **mixer,        # `pos`, `grid_size`, `num_prefix_tokens`, `selection`: see `TokenMixer`
+        # `pos`, `grid_size`, `num_prefix_tokens`, `selection`: see `TokenMixer`
+        device=None, dtype=None, **mixer,
     ):
         if scale_norm:
             raise ValueError("scale_norm=True puts a norm between values and projection, which the paper's "
@@ -302,7 +313,8 @@ class DynamicConvAttention(TokenMixer):
         self.qkv = nn.Linear(dim, 3 * self.num_heads * self.head_dim, bias=qkv_bias, **placed)
         self.q_norm = norm_layer(self.head_dim, **placed) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **placed) if qk_norm else nn.Identity()
-        options = dict(num_kernels=num_kernels or self.bank_size(), head_dim=self.head_dim) | (activation_options or {})
+        options = (dict(num_kernels=num_kernels or self.bank_size(), head_dim=self.head_dim)
+                   | (activation_options or {}))
         self.act = create_activation(activation, **options).to(**placed)
         self.attn_drop = nn.Dropout(attn_drop)
         self.make_taps(2, qkv_bias, **placed)
@@ -318,7 +330,8 @@ class DynamicConvAttention(TokenMixer):
         "Static conv, dynamic conv, activation, dynamic conv, static conv."
         q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
         q, k = self.q_norm(q), self.k_norm(k)
-        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal, self.takes_additive_masks())
+        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
+                                        self.takes_additive_masks())
         near = self.neighbors(mask)
         if near is not None:
             q = near.read(q)                                          # (b, h, n, d * taps)
@@ -384,9 +397,12 @@ def layer_size(
                          'attribute, or put an nn.Linear there')
     weights = [t for t in layer.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
     like = weights[0] if weights else torch.empty(0)
-    try: given = copy_module(layer).eval()(torch.zeros(1, 1, taken, dtype=like.dtype, device=like.device)).shape[-1]
+    try:
+        given = copy_module(layer).eval()(torch.zeros(1, 1, taken, dtype=like.dtype,
+                                                      device=like.device)).shape[-1]
     except Exception as e:
-        raise ValueError(f'{kind} that fails on an input of {taken} channels ({e}); put an nn.Linear there') from e
+        raise ValueError(f'{kind} that fails on an input of {taken} channels ({e}); put an '
+                         'nn.Linear there') from e
     return taken, given
 
 # %% ../../nbs/layers/05_attention.ipynb #0c305a53
@@ -396,7 +412,8 @@ def timm_settings(
     """The shape of an attention module. ValueError, naming the module and the reason, where it has parts
     that the paper's block lacks."""
     kind, projection = type(attn).__name__, 'qk' if hasattr(attn, 'qk') else 'qkv'
-    extra = [part for part in ('gate', 'norm') if not isinstance(getattr(attn, part, None), (type(None), nn.Identity))]
+    extra = [part for part in ('gate', 'norm')
+             if not isinstance(getattr(attn, part, None), (type(None), nn.Identity))]
     if not all(hasattr(attn, part) for part in (projection, 'proj', 'num_heads')):
         raise ValueError(f"{kind} is no attention with qkv, proj and num_heads; only timm's Attention and "
                          "WindowAttention can be taken over")
@@ -407,11 +424,15 @@ def timm_settings(
     dim, width = layer_size(getattr(attn, projection), f'{projection} of {kind}')
     inner, _ = layer_size(attn.proj, f'proj of {kind}')
     if width != parts * inner or inner % attn.num_heads:
-        raise ValueError(f'{projection} of {kind} gives {width} channels and proj takes {inner}; for {attn.num_heads} heads '
-                         f'{projection} must give {parts} times what proj takes, and the heads must divide that')
+        raise ValueError(f'{projection} of {kind} gives {width} channels and proj takes {inner}; for '
+                         f'{attn.num_heads} heads '
+                         f'{projection} must give {parts} times what proj takes, and the heads '
+                         'must divide that')
     like = next((p for p in attn.parameters() if p.is_floating_point()), torch.empty(0))
-    shape = dict(dim=dim, num_heads=attn.num_heads, head_dim=inner // attn.num_heads, kernel_size=getattr(attn, 'kernel_size', 1))
-    return timm_position(attn) | shape | dict(proj_drop=attn.proj_drop.p, device=like.device, dtype=like.dtype)
+    shape = dict(dim=dim, num_heads=attn.num_heads, head_dim=inner // attn.num_heads,
+                 kernel_size=getattr(attn, 'kernel_size', 1))
+    return (timm_position(attn) | shape
+            | dict(proj_drop=attn.proj_drop.p, device=like.device, dtype=like.dtype))
 
 # %% ../../nbs/layers/05_attention.ipynb #timmpos1
 def timm_position(
@@ -454,7 +475,8 @@ def copy_weights(
 def center_only(self: TokenMixer,
     old: nn.Module, # the module it was made of
 ) -> None:
-    "Start with kernels that are zero but in the center, unless the old module has taps itself: the new one computes what the old one did."
+    """Start with kernels that are zero but in the center, unless the old module has taps itself: the new one
+    computes what the old one did."""
     if self.kernel_size == 1: return
     if hasattr(old, 'taps') and layer_size(old.taps, 'taps') == layer_size(self.taps, 'taps'): return
     for p in self.taps.parameters(): nn.init.zeros_(p)
@@ -463,7 +485,8 @@ def center_only(self: TokenMixer,
 @patch(cls_method=True)
 def from_timm(cls: DynamicConvAttention,
     attn: nn.Module, # timm's `Attention` or `WindowAttention`
-    **settings,      # what shall differ: `activation`, `pos`, `grid_size`, `num_prefix_tokens`, `backend`, ...
+    # what shall differ: `activation`, `pos`, `grid_size`, `num_prefix_tokens`, `backend`, ...
+    **settings,
 ) -> DynamicConvAttention:
     """A module with the layers of one of timm's, exactly as they are, adapters and parametrizations
     included. What only the new one has starts afresh."""

@@ -77,14 +77,17 @@ class DepthwiseSelfAttention(TokenMixer):
         head_dim: int | None = None,             # channels of a head, d; `dim // num_heads` if None
         qkv_bias: bool = True,                   # bias of the static convolutions for query and key
         qk_norm: bool = False,                   # normalise queries and keys with `norm_layer`
-        scale_norm: bool = False,                # timm's norm in front of `proj`: refused, the paper's block has none
+        # timm's norm in front of `proj`: refused, the paper's block has none
+        scale_norm: bool = False,
         proj_bias: bool = True,                  # bias of the output projection
         norm_layer: Callable = nn.LayerNorm,     # for `qk_norm`
         attn_drop: float = 0.,                   # refused above 0: there are no weights of kernels to drop
         proj_drop: float = 0.,                   # dropout on the output
         pos_per: str = 'head',                   # one table per 'head' or per 'channel'
-        backend: Callable = depthwise_attention, # how it is computed: any function equal to `depthwise_attention`
-        device=None, dtype=None, **mixer,        # `pos`, `grid_size`, `num_prefix_tokens`, `selection`: see `TokenMixer`
+        # how it is computed: any function equal to `depthwise_attention`
+        backend: Callable = depthwise_attention,
+        # `pos`, `grid_size`, `num_prefix_tokens`, `selection`: see `TokenMixer`
+        device=None, dtype=None, **mixer,
     ):
         if scale_norm:
             raise ValueError("scale_norm=True puts a norm in front of the projection, which the paper's "
@@ -130,7 +133,8 @@ def with_neighbors(self: DepthwiseSelfAttention,
     k: Tensor,           # (b, h, n, d) the center of the kernels
     mask: Tensor | None, # bool, what this call allows
 ) -> Tensor:             # (b, h, n, d)
-    "Eq. 5 with kernels of k x k, see `vitdynconv.layers.kxk`: the mean kernel over the neighborhood, and the bias over each kernel's sum."
+    """Eq. 5 with kernels of k x k, see `vitdynconv.layers.kxk`: the mean kernel over the neighborhood, and
+    the bias over each kernel's sum."""
     wide = self.neighbors(mask).read(q)                               # (b, h, n, d * taps)
     k, = self.widen(x, k)
     k, _, mask = self.select(wide, k, None, mask)                     # (b, h, m, d * taps)
@@ -152,11 +156,14 @@ def query_and_key(
     qkv = attn.qkv
     if not is_plain_linear(qkv):
         weights = ', '.join(qkv.state_dict()) or 'no weights'
-        raise ValueError(f'qkv of {type(attn).__name__} is a {type(qkv).__module__}.{type(qkv).__name__} with {weights}; '
-                         'depth-wise attention keeps the rows of query and key only, which can be cut out of a plain '
+        raise ValueError(f'qkv of {type(attn).__name__} is a {type(qkv).__module__}.{type(qkv).__name__} '
+                         f'with {weights}; '
+                         'depth-wise attention keeps the rows of query and key only, which can be cut '
+                         'out of a plain '
                          'nn.Linear: merge or remove the parametrization, adapter or quantisation first')
     rows = 2 * qkv.out_features // 3
-    qk = nn.Linear(qkv.in_features, rows, bias=qkv.bias is not None, device=qkv.weight.device, dtype=qkv.weight.dtype)
+    qk = nn.Linear(qkv.in_features, rows, bias=qkv.bias is not None, device=qkv.weight.device,
+                   dtype=qkv.weight.dtype)
     qk.weight.copy_(qkv.weight[:rows]).requires_grad_(qkv.weight.requires_grad)
     if qkv.bias is not None: qk.bias.copy_(qkv.bias[:rows]).requires_grad_(qkv.bias.requires_grad)
     return qk.train(qkv.training)

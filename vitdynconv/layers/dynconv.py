@@ -67,14 +67,18 @@ def conv_by_patches(
     groups: int = 1,
     stride=1, padding=0, dilation=1,
 ) -> Tensor:                    # (b, out, *map)
-    "A convolution with kernels of its own for each image, as a product with neighborhoods that are written out."
+    """A convolution with kernels of its own for each image, as a product with neighborhoods that are written
+    out."""
     each = to_ntuple(x.ndim - 2)
     stride, dilation, kernel_size = each(stride), each(dilation), tuple(weight.shape[3:])
     x = pad_map(x, padding, kernel_size, dilation)
     out = []
-    for n, k, s, d in zip(x.shape[2:], kernel_size, stride, dilation): out.append((n - d * (k - 1) - 1) // s + 1)
-    patches = torch.stack([x[tap] for tap in taps(out, kernel_size, stride, dilation)], 2)  # (b, c, taps, *out)
-    patches = patches.flatten(3).flatten(1, 2).unflatten(1, (groups, -1))                   # (b, groups, c/groups*taps, n)
+    for n, k, s, d in zip(x.shape[2:], kernel_size, stride, dilation):
+        out.append((n - d * (k - 1) - 1) // s + 1)
+    # (b, c, taps, *out)
+    patches = torch.stack([x[tap] for tap in taps(out, kernel_size, stride, dilation)], 2)
+    # (b, groups, c/groups*taps, n)
+    patches = patches.flatten(3).flatten(1, 2).unflatten(1, (groups, -1))
     y = (weight.flatten(2).unflatten(1, (groups, -1)) @ patches).flatten(1, 2)              # (b, out, n)
     if bias is not None: y = y + bias.unsqueeze(2)
     return y.unflatten(2, out)
@@ -98,7 +102,8 @@ def conv_per_image(
 # %% ../../nbs/layers/07_dynconv.ipynb #cd693bcf
 @register_notrace_module
 class DynamicConv(nn.Module):
-    "D-Conv: a static bank of kernels and coefficients made from the image (section 3.3; arXiv 1912.03458, Eq. 2). Use `DynamicConv1d` or `DynamicConv2d`."
+    """D-Conv: a static bank of kernels and coefficients made from the image (section 3.3; arXiv 1912.03458,
+    Eq. 2). Use `DynamicConv1d` or `DynamicConv2d`."""
     ndim: int  # 1 or 2
 
     def __init__(self,
@@ -116,12 +121,14 @@ class DynamicConv(nn.Module):
     ):
         super().__init__()
         check_groups(in_channels, out_channels, groups)
-        if num_kernels < 1: raise ValueError(f'num_kernels={num_kernels} leaves the bank empty; choose at least 1, usually 4')
+        if num_kernels < 1:
+            raise ValueError(f'num_kernels={num_kernels} leaves the bank empty; choose at least 1, usually 4')
         self.kernel_size = to_ntuple(self.ndim)(kernel_size)
         self.options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
         hidden = max(1, in_channels // reduction)
         self.router = nn.Sequential(nn.Linear(in_channels, hidden), nn.ReLU(), nn.Linear(hidden, num_kernels))
-        self.weight = nn.Parameter(torch.empty(num_kernels, out_channels, in_channels // groups, *self.kernel_size))
+        self.weight = nn.Parameter(torch.empty(num_kernels, out_channels, in_channels // groups,
+                                               *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(num_kernels, out_channels)) if bias else None
         self.start_temperature = temperature
         self.register_buffer('temperature_millionths', torch.tensor(0))
@@ -162,7 +169,9 @@ def set_temperature(self: DynamicConv,
 ) -> None:
     "Set the router's temperature, to a millionth. ValueError if that is 0 or less."
     millionths = round(t * MILLION)
-    if millionths < 1: raise ValueError(f'temperature={t} must be above 0; choose 30 at the start of a training and 1 at its end')
+    if millionths < 1:
+        raise ValueError(f'temperature={t} must be above 0; choose 30 at the start of a training and '
+                         '1 at its end')
     self.temperature_millionths.fill_(millionths)
 
 # %% ../../nbs/layers/07_dynconv.ipynb #c8d90bf9
@@ -194,7 +203,8 @@ def forward(self: DynamicConv,
 ) -> Tensor:   # (b, out, *map)
     "One convolution with the mixed kernel of each image."
     p = self.coefficients(x)
-    weight = (p @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])  # (b, out, in / groups, *kernel)
+    # (b, out, in / groups, *kernel)
+    weight = (p @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:])
     bias = None if self.bias is None else p @ self.bias
     return conv_per_image(x, weight, bias, **self.options)
 
@@ -244,11 +254,13 @@ def check_generated(kernel_size: tuple, per: str) -> None:
 
 @register_notrace_module
 class GeneratedConv2d(nn.Module):
-    "A standard convolution whose whole kernel one linear layer makes: `k^2 D^3` generator weights (section 3.3, kernel type)."
+    """A standard convolution whose whole kernel one linear layer makes: `k^2 D^3` generator weights (section
+    3.3, kernel type)."""
     def __init__(self,
         dim: int,             # channels in and out, D
         kernel_size: int = 3, # k, odd
-        per: str = 'image',   # one kernel for each 'image', from GAP, or for each 'position', from the feature there
+        # one kernel for each 'image', from GAP, or for each 'position', from the feature there
+        per: str = 'image',
     ):
         super().__init__()
         check_generated((kernel_size,), per)
@@ -330,7 +342,8 @@ class LocalConv(torch.autograd.Function):
 # %% ../../nbs/layers/07_dynconv.ipynb #b2774e83
 def local_conv(
     x: Tensor,                    # (b, c, *map) feature maps
-    kernels: Tensor,              # (b, g, taps, *out) a kernel for each position and group of channels; 1s in `out` share it
+    # (b, g, taps, *out) a kernel for each position and group of channels; 1s in `out` share it
+    kernels: Tensor,
     kernel_size: tuple[int, ...], # taps along each dimension, odd
     stride: int = 1,
     dilation: int = 1,
@@ -349,7 +362,8 @@ def local_conv(
 # %% ../../nbs/layers/07_dynconv.ipynb #f5a797b8
 @register_notrace_module
 class DynamicDepthwiseConv(nn.Module):
-    "D-DW-Conv: depth-wise kernels generated for each image or each position (section 3.3; arXiv 2106.04263). Use `DynamicDepthwiseConv1d` or `2d`."
+    """D-DW-Conv: depth-wise kernels generated for each image or each position (section 3.3; arXiv
+    2106.04263). Use `DynamicDepthwiseConv1d` or `2d`."""
     ndim: int
 
     def __init__(self,
@@ -358,16 +372,20 @@ class DynamicDepthwiseConv(nn.Module):
         stride: int = 1,
         dilation: int = 1,
         per: str = 'position',                  # 'position' (inhomogeneous) or 'image' (homogeneous)
-        groups: int | None = None,              # g, groups of channels that share a kernel; None for one per channel
+        # g, groups of channels that share a kernel; None for one per channel
+        groups: int | None = None,
         bias: bool = True,                      # a static bias for each channel
         reduction: int | None = 4,              # squeeze; None for a generator of one linear layer
-        norm_layer: Callable | None = 'batch',  # between squeeze and ReLU; 'batch' for BatchNorm as in the paper, None for nothing
+        # between squeeze and ReLU; 'batch' for BatchNorm as in the paper, None for nothing
+        norm_layer: Callable | None = 'batch',
     ):
         super().__init__()
         self.kernel_size = to_ntuple(self.ndim)(kernel_size)
         check_generated(self.kernel_size, per)
         self.groups = groups or channels
-        if channels % self.groups: raise ValueError(f'{groups} groups do not divide {channels} channels; choose a divisor of {channels}')
+        if channels % self.groups:
+            raise ValueError(f'{groups} groups do not divide {channels} channels; choose a divisor '
+                             f'of {channels}')
         self.per, self.channels, self.stride, self.dilation = per, channels, stride, dilation
         self.generator = self.make_generator(reduction, norm_layer)
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
@@ -378,7 +396,8 @@ class DynamicDepthwiseConv(nn.Module):
         if self.bias is not None: nn.init.zeros_(self.bias)
 
     def extra_repr(self):
-        return f'{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, groups={self.groups}, per={self.per!r}'
+        return (f'{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
+                f'groups={self.groups}, per={self.per!r}')
 
 # %% ../../nbs/layers/07_dynconv.ipynb #gener002
 @patch
@@ -432,7 +451,8 @@ def forward(self: DynamicDepthwiseConv,
     weight = kernels.flatten(2).repeat_interleave(self.channels // self.groups, 1)  # (b, c, taps)
     weight = weight.unflatten(2, (1, *self.kernel_size))                            # (b, c, 1, *kernel)
     padding = [self.dilation * (k // 2) for k in self.kernel_size]
-    y = conv_per_image(x, weight, groups=self.channels, stride=self.stride, dilation=self.dilation, padding=padding)
+    y = conv_per_image(x, weight, groups=self.channels, stride=self.stride, dilation=self.dilation,
+                       padding=padding)
     return self.add_bias(y)
 
 # %% ../../nbs/layers/07_dynconv.ipynb #a91b80d4
@@ -475,8 +495,11 @@ class Involution2d(DynamicDepthwiseConv2d):
         reduction: int | None = 4,              # squeeze
         norm_layer: Callable | None = 'batch',  # between squeeze and ReLU
     ):
-        if group_channels < 1 or channels % group_channels: raise ValueError(f'group_channels={group_channels} does not divide {channels} channels; choose a divisor of {channels}')
-        super().__init__(channels, kernel_size, stride, groups=channels // group_channels, bias=False, reduction=reduction, norm_layer=norm_layer)
+        if group_channels < 1 or channels % group_channels:
+            raise ValueError(f'group_channels={group_channels} does not divide {channels} channels; choose a '
+                             f'divisor of {channels}')
+        super().__init__(channels, kernel_size, stride, groups=channels // group_channels, bias=False,
+                         reduction=reduction, norm_layer=norm_layer)
 
     def make_pool(self) -> nn.Module:
         "The mean of each block of stride x stride positions, cut off at the border"

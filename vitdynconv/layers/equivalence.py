@@ -32,7 +32,8 @@ def check_shapes(
     v: Tensor,                  # (..., m, d)
     bias: Tensor | None = None, # broadcasts to (..., n, m)
     mask: Tensor | None = None, # bool, broadcasts to (..., n, m)
-) -> None:                      # nothing: raises ValueError with the shape found, the shape needed and what to do
+# nothing: raises ValueError with the shape found, the shape needed and what to do
+) -> None:
     "Refuse queries, kernels, bias or mask that do not fit together."
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f'queries have {q.shape[-1]} channels and keys {k.shape[-1]}; project both to the '
@@ -69,12 +70,14 @@ def with_position(
 
 # %% ../../nbs/layers/01_equivalence.ipynb #db97ede1
 def attention(
-    q: Tensor,                              # (..., h, n, d) queries: the feature map, one head of d channels each
+    # (..., h, n, d) queries: the feature map, one head of d channels each
+    q: Tensor,
     k: Tensor,                              # (..., h, m, d) keys: the bank of m kernels, d -> m
     v: Tensor,                              # (..., h, m, d) values: their partners, m -> d
     activation: str | Callable = 'softmax', # what stands between the two convolutions
     bias: Tensor | None = None,             # broadcasts to (..., h, n, m); the activation adds it
-    mask: Tensor | None = None,             # bool, broadcasts to (..., h, n, m): True where a kernel is selected
+    # bool, broadcasts to (..., h, n, m): True where a kernel is selected
+    mask: Tensor | None = None,
     position=None,                          # `RelativePosition`: a table whose `bias()` is added to `bias`
 ) -> Tensor:                                # (..., h, n, d)
     """Multi-head self-attention between its projections, as two matrix products (section 3.1, Eq. 2).
@@ -101,10 +104,13 @@ def attention_as_convs(
     check_shapes(q, k, v, bias, mask)
     activation = as_activation(activation, q, k.shape[-2])
     lead = q.shape[:-2]
-    groups = math.prod(lead)                                              # every head of every image is a group
+    # every head of every image is a group
+    groups = math.prod(lead)
     q, k, v = [t.reshape(groups, *t.shape[-2:]) for t in (q, k, v)]
-    queries = q.transpose(1, 2)[..., None]                                # (groups, d, n, 1): a map of n positions
-    channels = dynamic_conv_grouped(queries, k)                           # (groups, m, n, 1): one channel per kernel
+    # (groups, d, n, 1): a map of n positions
+    queries = q.transpose(1, 2)[..., None]
+    # (groups, m, n, 1): one channel per kernel
+    channels = dynamic_conv_grouped(queries, k)
     logits = channels.squeeze(-1).transpose(1, 2).unflatten(0, lead)      # (..., h, n, m)
     weights = activation(logits, bias=bias, mask=mask).reshape(groups, q.shape[1], k.shape[1])
     out = dynamic_conv_grouped(weights.transpose(1, 2)[..., None], v.transpose(1, 2))
@@ -126,7 +132,8 @@ class DynamicConvBlock(nn.Module):
                              f'divisors of {dim}')
         self.num_heads, self.activation = num_heads, activation
         self.query = nn.Conv2d(dim, dim, 1, bias=bias)
-        self.key = nn.Conv2d(dim, dim, 1, bias=bias)     # the kernel generator of the first dynamic convolution
+        # the kernel generator of the first dynamic convolution
+        self.key = nn.Conv2d(dim, dim, 1, bias=bias)
         self.value = nn.Conv2d(dim, dim, 1, bias=bias)   # the kernel generator of the second
         self.out = nn.Conv2d(dim, dim, 1)
 

@@ -26,10 +26,12 @@ def check_kernel_size(
     grid_size: tuple | None,       # (H, W), or None
 ) -> None:
     "ValueError for a size without a center, and for neighborhoods without a map."
-    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not isinstance(kernel_size, int) or isinstance(kernel_size,
+                                                      bool) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f'kernel_size={kernel_size} has no center; choose an odd number: 1, 3, 5, ...')
     if kernel_size > 1 and grid_size is None:
-        raise ValueError(f'kernel_size={kernel_size} needs grid_size=(H, W), the map or window on which positions have neighbors')
+        raise ValueError(f'kernel_size={kernel_size} needs grid_size=(H, W), the map or window on which '
+                         'positions have neighbors')
 
 # %% ../../nbs/layers/08_kxk.ipynb #kxk00012
 class Neighbors:
@@ -38,7 +40,8 @@ class Neighbors:
         grid_size: tuple[int, int],  # (H, W)
         kernel_size: int,            # k, odd
         num_prefix_tokens: int = 0,  # class and register tokens in front of the map, without neighbors
-        mask: Tensor | None = None,  # bool, broadcasts to (..., n, n): a position reads the neighbors that it may select
+        # bool, broadcasts to (..., n, n): a position reads the neighbors that it may select
+        mask: Tensor | None = None,
     ):
         self.grid_size, self.kernel_size = tuple(grid_size), kernel_size
         self.num_prefix_tokens = num_prefix_tokens
@@ -118,7 +121,8 @@ def join_taps(
 # %% ../../nbs/layers/08_kxk.ipynb #kxk00030
 @register_notrace_module
 class KernelAttention2d(nn.Module):
-    "Self-attention with dynamic kernels of k x k and a stride on maps (section 5). At k = 1 and stride 1 it is a `DynamicConvBlock`, state dict included."
+    """Self-attention with dynamic kernels of k x k and a stride on maps (section 5). At k = 1 and stride 1 it
+    is a `DynamicConvBlock`, state dict included."""
     def __init__(self,
         dim: int,                                # channels of the map
         num_heads: int = 8,
@@ -127,8 +131,10 @@ class KernelAttention2d(nn.Module):
         out_dim: int | None = None,              # channels of the result, `dim` if None
         bias: bool = True,                       # bias on query, key and value
         activation: str | nn.Module = 'softmax', # between the dynamic convolutions
-        num_kernels: int | None = None,          # size of the bank, for activations with one weight per kernel
-        selection=None,                          # a name in `SELECTIONS`, an object of such a class, or None for all kernels
+        # size of the bank, for activations with one weight per kernel
+        num_kernels: int | None = None,
+        # a name in `SELECTIONS`, an object of such a class, or None for all kernels
+        selection=None,
         pos: str | None = None,                  # 'rel' for a relative position table
         grid_size: int | tuple | None = None,    # (H, W) of the map, for pos='rel'
         backend: Callable = attention,           # evaluation of (q, k, v, activation, bias, mask)
@@ -138,12 +144,15 @@ class KernelAttention2d(nn.Module):
         check_block(dim, num_heads, stride, pos, grid_size)
         self.num_heads, self.kernel_size, self.stride, self.backend = num_heads, kernel_size, stride, backend
         self.selection = create_selection(selection, grid_size, num_heads)
-        if pos and self.soft(): raise ValueError("pos='rel' ties a bias to each kernel, which a soft selection mixes; choose pos=None or a hard selection")
+        if pos and self.soft():
+            raise ValueError("pos='rel' ties a bias to each kernel, which a soft selection mixes; choose "
+                             "pos=None or a hard selection")
         self.grid_size = to_2tuple(grid_size) if pos else None
         self.make_table(pos)
         taps = kernel_size ** 2
         self.query = nn.Conv2d(dim, dim, 1, bias=bias)
-        self.key = nn.Conv2d(dim, dim * taps, 1, bias=bias)    # generates K_j: channels ordered (heads, d, taps)
+        # generates K_j: channels ordered (heads, d, taps)
+        self.key = nn.Conv2d(dim, dim * taps, 1, bias=bias)
         self.value = nn.Conv2d(dim, dim * taps, 1, bias=bias)  # generates V_j
         self.act = create_activation(activation, num_kernels=num_kernels, head_dim=dim // num_heads)
         self.out = nn.Conv2d(dim, out_dim or dim, 1)
@@ -151,10 +160,14 @@ class KernelAttention2d(nn.Module):
 # %% ../../nbs/layers/08_kxk.ipynb #kxk00031
 def check_block(dim: int, num_heads: int, stride: int, pos: str | None, grid_size: tuple | None) -> None:
     "ValueError for settings of `KernelAttention2d` that do not fit together."
-    if dim % num_heads: raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the divisors of {dim}')
-    if not isinstance(stride, int) or stride < 1: raise ValueError(f'stride={stride} is no step; choose 1, 2, ...')
+    if dim % num_heads:
+        raise ValueError(f'{num_heads} heads do not divide dim={dim}; choose num_heads among the '
+                         f'divisors of {dim}')
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f'stride={stride} is no step; choose 1, 2, ...')
     if pos not in (None, 'rel') or (pos and grid_size is None):
-        raise ValueError(f"pos={pos!r} with grid_size={grid_size}; choose None, or 'rel' with grid_size=(H, W)")
+        raise ValueError(f"pos={pos!r} with grid_size={grid_size}; choose None, or 'rel' with "
+                         "grid_size=(H, W)")
 
 @patch
 def soft(self: KernelAttention2d) -> bool:
@@ -174,7 +187,8 @@ def make_table(self: KernelAttention2d, pos: str | None) -> None:
 @patch
 def reset_parameters(self: KernelAttention2d) -> None:
     "Start the position table as timm does; layers know their own start."
-    if self.relative_position_bias_table is not None: trunc_normal_(self.relative_position_bias_table, std=.02)
+    if self.relative_position_bias_table is not None:
+        trunc_normal_(self.relative_position_bias_table, std=.02)
 
 # %% ../../nbs/layers/08_kxk.ipynb #kxk00032
 @patch
@@ -200,7 +214,8 @@ def near_queries(self: KernelAttention2d,
 ) -> Tensor:   # (b, heads, n', d * taps)
     "The queries of each neighborhood, as one vector."
     h, w = x.shape[2:]
-    q = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)             # (b, heads, n, d)
+    # (b, heads, n, d)
+    q = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)
     return self.strided_rows(Neighbors((h, w), self.kernel_size).read(q), h, w)
 
 @patch
@@ -218,7 +233,9 @@ def bias_and_mask(self: KernelAttention2d,
     if not self.selection.needs_grid: mask = self.selection(q, k, None)[2]           # it looks at the answers
     else:
         mask = self.selection.mask(h, w, q.device)
-        if mask.shape[1] != h * w: raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size that they divide')
+        if mask.shape[1] != h * w:
+            raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size '
+                             'that they divide')
         mask = self.strided_rows(mask, h, w)
     return dict(bias=bias, mask=mask)
 
@@ -230,13 +247,18 @@ def literal(self: KernelAttention2d,
     "The definition: dynamic k x k convolution, activation, dynamic k x k convolution."
     b, _, h, w = x.shape
     heads, k = self.num_heads, self.kernel_size
-    keys, values = [t.flatten(0, 1).unflatten(2, (-1, k, k)) for t in self.pair(x)]              # (b * heads, m, d, k, k)
-    q = self.query(x).unflatten(1, (heads, -1)).flatten(0, 1)                                     # (b * heads, d, h, w)
+    # (b * heads, m, d, k, k)
+    keys, values = [t.flatten(0, 1).unflatten(2, (-1, k, k)) for t in self.pair(x)]
+    # (b * heads, d, h, w)
+    q = self.query(x).unflatten(1, (heads, -1)).flatten(0, 1)
     settings = self.bias_and_mask(self.near_queries(x), self.pair(x)[0], h, w)
-    logits = conv_per_image(q, keys, stride=self.stride, padding=k // 2)                          # (b * heads, m, h', w')
-    rows = logits.flatten(2).transpose(1, 2).unflatten(0, (b, heads))                             # (b, heads, n', m)
+    # (b * heads, m, h', w')
+    logits = conv_per_image(q, keys, stride=self.stride, padding=k // 2)
+    # (b, heads, n', m)
+    rows = logits.flatten(2).transpose(1, 2).unflatten(0, (b, heads))
     weights = self.act(rows, **settings)
-    channels = weights.flatten(0, 1).transpose(1, 2).unflatten(2, logits.shape[2:])               # (b * heads, m, h', w')
+    # (b * heads, m, h', w')
+    channels = weights.flatten(0, 1).transpose(1, 2).unflatten(2, logits.shape[2:])
     y = conv_per_image(channels, values.transpose(1, 2), padding=k // 2)
     return self.out(y.unflatten(0, (b, heads)).flatten(1, 2))
 
@@ -247,8 +269,11 @@ def forward(self: KernelAttention2d,
     "The same as attention over the queries of neighborhoods, added up."
     h, w = x.shape[2:]
     coarse = math.ceil(h / self.stride), math.ceil(w / self.stride)
-    q = self.near_queries(x)                                                                      # (b, heads, n', d * taps)
+    # (b, heads, n', d * taps)
+    q = self.near_queries(x)
     k, v = self.pair(x)
-    y = self.backend(q, k, v, self.act, **self.bias_and_mask(q, k, h, w))                         # (b, heads, n', d * taps)
-    y = Neighbors(coarse, self.kernel_size).add(y)                                                # (b, heads, n', d)
+    # (b, heads, n', d * taps)
+    y = self.backend(q, k, v, self.act, **self.bias_and_mask(q, k, h, w))
+    # (b, heads, n', d)
+    y = Neighbors(coarse, self.kernel_size).add(y)
     return self.out(y.transpose(-2, -1).flatten(1, 2).unflatten(2, coarse))

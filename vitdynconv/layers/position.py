@@ -116,4 +116,5 @@ class RelativePosition(NamedTuple):
 
     def resized(self, grid_size: tuple[int, int]) -> 'RelativePosition':
         "The same table for another grid, timm's way."
-        return self._replace(table=resize_table(self.table, self.grid_size, grid_size), grid_size=tuple(grid_size))
+        return self._replace(table=resize_table(self.table, self.grid_size, grid_size),
+                             grid_size=tuple(grid_size))

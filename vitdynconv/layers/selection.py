@@ -35,7 +35,8 @@ def register_selection(name: str):
 
 # %% ../../nbs/layers/04_selection.ipynb #selbase2
 class Selection(nn.Module):
-    "Which kernels of the bank a position uses (section 3.3). A subclass overrides `mask` (hard) or `forward` (soft, or hard by looking at the data)."
+    """Which kernels of the bank a position uses (section 3.3). A subclass overrides `mask` (hard) or
+    `forward` (soft, or hard by looking at the data)."""
     hard = True          # True: kernels are chosen; False: new kernels are mixed from all
     needs_grid = True    # does the rule ask where on the map a kernel stands?
     words = 'Hard (all)' # in Table 1
@@ -79,28 +80,36 @@ def forward(self: Selection,
     v: Tensor | None,           # (b, heads, n, d) values, if there are any
     mask: Tensor | None = None, # bool, broadcasts to (b, heads, n, n): what is allowed already
 ) -> tuple:                     # k, v and the mask over them, bool or None
-    "Apply a hard rule of the map: the bank stays, the masks are combined. ValueError where the tokens do not fill the map."
+    """Apply a hard rule of the map: the bank stays, the masks are combined. ValueError where the tokens do
+    not fill the map."""
     grid = self.live_grid or self.grid_size
-    if grid is None: raise ValueError(f'{type(self).__name__} needs grid_size=(H, W), the map that the tokens lie on')
+    if grid is None:
+        raise ValueError(f'{type(self).__name__} needs grid_size=(H, W), the map that the tokens lie on')
     if k.shape[-2] != math.prod(grid) + self.num_prefix_tokens:
-        raise ValueError(f'{k.shape[-2]} kernels do not fill a map of {grid[0]} x {grid[1]} with {self.num_prefix_tokens} tokens '
+        raise ValueError(f'{k.shape[-2]} kernels do not fill a map of {grid[0]} x {grid[1]} with '
+                         f'{self.num_prefix_tokens} tokens '
                          'in front; call set_grid_size, or build the mixer for this map')
     n = math.prod(grid)
-    chosen = self.fit(*grid).mask(*grid, device=q.device)[:, :n]   # windows may select padding, which no bank of a map holds
+    # windows may select padding, which no bank of a map holds
+    chosen = self.fit(*grid).mask(*grid, device=q.device)[:, :n]
     chosen = with_prefix(chosen, self.num_prefix_tokens)
     return k, v, chosen if mask is None else mask & chosen
 
 # %% ../../nbs/layers/04_selection.ipynb #selcreat
 def create_selection(
-    selection,                                      # a name in `SELECTIONS`, an object of such a class, or None for all kernels
+    # a name in `SELECTIONS`, an object of such a class, or None for all kernels
+    selection,
     grid_size: int | tuple[int, int] | None = None, # height and width of the map
     num_heads: int = 1,                             # heads of the attention
     num_prefix_tokens: int = 0,                     # class and register tokens in front of the map
     **options,                                      # the rule's own options, see its class
 ):                                                  # the selection, or None
-    "Make a selection by name; an object without a map gets this one. ValueError for an unknown name or option, with the valid ones."
+    """Make a selection by name; an object without a map gets this one. ValueError for an unknown name or
+    option, with the valid ones."""
     if not isinstance(selection, str):
-        if options: raise ValueError(f'options {sorted(options)} go with a selection given by name, not with {selection!r}')
+        if options:
+            raise ValueError(f'options {sorted(options)} go with a selection given by name, not with '
+                             f'{selection!r}')
         return placed_on(selection, grid_size, num_prefix_tokens)
     if selection not in SELECTIONS:
         close = get_close_matches(selection, SELECTIONS, 1)
@@ -113,7 +122,9 @@ def create_selection(
     known = inspect.signature(cls.__init__).parameters
     own = [name for name in known if name not in (*given, 'self')]
     unknown = [name for name in options if name not in own]
-    if unknown: raise ValueError(f'selection {selection!r} has no option {unknown[0]!r}; it has {", ".join(own) or "none"}')
+    if unknown:
+        raise ValueError(f'selection {selection!r} has no option {unknown[0]!r}; it has '
+                         f'{", ".join(own) or "none"}')
     return cls(**{name: value for name, value in given.items() if name in known} | options)
 
 # %% ../../nbs/layers/04_selection.ipynb #selplace
@@ -125,7 +136,8 @@ def placed_on(
     "Tell an object that knows no map yet which one it works on. ValueError for what is no selection."
     if selection is None: return None
     if isinstance(selection, type) or not callable(selection):
-        raise ValueError(f'selection={selection!r} is no kernel selection; give one of {", ".join(SELECTIONS)}, or an object such as WindowKernels(7)')
+        raise ValueError(f'selection={selection!r} is no kernel selection; give one of '
+                         f'{", ".join(SELECTIONS)}, or an object such as WindowKernels(7)')
     if grid_size is not None and getattr(selection, 'grid_size', grid_size) is None:
         selection.num_prefix_tokens = num_prefix_tokens
         selection.set_grid_size(grid_size)
@@ -160,21 +172,25 @@ class AllKernels(Selection):
 # %% ../../nbs/layers/04_selection.ipynb #1d24b8f4
 @register_selection('window')
 class WindowKernels(Selection):
-    "Swin's rule: the kernels of the same window, and, where windows are shifted, of the same region in it (section 3.3)."
+    """Swin's rule: the kernels of the same window, and, where windows are shifted, of the same region in it
+    (section 3.3)."""
     words = 'Hard (local)'
 
     def __init__(self,
         window_size: int | tuple[int, int] = 7, # height and width of a window
         shift_size: int | tuple[int, int] = 0,  # by how much the map is rolled up and left before it is cut
-        grid_size: int | tuple[int, int] | None = None, # height and width of the map, where whole maps are masked
+        # height and width of the map, where whole maps are masked
+        grid_size: int | tuple[int, int] | None = None,
         num_prefix_tokens: int = 0,             # class and register tokens in front of the map
     ):
         super().__init__(grid_size, num_prefix_tokens)
         self.window_size = to_2tuple(window_size)
         self.shift_size = to_2tuple(shift_size)
-        if min(self.window_size) < 1: raise ValueError(f'window_size={window_size} is empty; give a height and a width of at least 1')
+        if min(self.window_size) < 1:
+            raise ValueError(f'window_size={window_size} is empty; give a height and a width of at least 1')
         if not all(0 <= s < w for s, w in zip(self.shift_size, self.window_size)):
-            raise ValueError(f'shift_size={shift_size} does not lie within the window of {self.window_size}; choose 0 <= shift < window, for Swin half the window')
+            raise ValueError(f'shift_size={shift_size} does not lie within the window of {self.window_size}; '
+                             'choose 0 <= shift < window, for Swin half the window')
 
     @classmethod
     def from_timm(cls, block: nn.Module):
@@ -182,7 +198,8 @@ class WindowKernels(Selection):
         return cls(block.window_size, block.shift_size)
 
     def fit(self, h: int, w: int) -> 'WindowKernels':
-        "timm's rule for small maps: a window no larger than the map, and no shift along an axis that one window covers."
+        """timm's rule for small maps: a window no larger than the map, and no shift along an axis that one
+        window covers."""
         window = tuple(min(n, m) for n, m in zip((h, w), self.window_size))
         shift = tuple(0 if n <= m else s for n, m, s in zip((h, w), window, self.shift_size))
         return WindowKernels(window, shift)
@@ -199,14 +216,17 @@ def layout(self: WindowKernels,
     h: int,      # height of the map
     w: int,      # width of the map
     device=None, # where the result lives
-) -> tuple[Tensor, Tensor, Tensor]: # window, region and slot of each token, (n + p,) each: n tokens row by row, then p of padding, right and below
+# window, region and slot of each token, (n + p,) each: n tokens row by row, then p of padding, right and
+# below
+) -> tuple[Tensor, Tensor, Tensor]:
     "Where each token stands once the map is rolled, padded and cut."
     wh, ww = self.window_size
     sh, sw = self.shift_size
     hp, wp = self.padded(h, w)
     rows = torch.arange(hp, device=device)
     cols = torch.arange(wp, device=device)
-    tokens = torch.cartesian_prod((rows[:h] - sh) % h, (cols[:w] - sw) % w)    # (h*w, 2): where the roll takes them
+    # (h*w, 2): where the roll takes them
+    tokens = torch.cartesian_prod((rows[:h] - sh) % h, (cols[:w] - sw) % w)
     right = torch.cartesian_prod(rows[:h], cols[w:])                           # padding
     below = torch.cartesian_prod(rows[h:], cols)
     r, c = torch.cat([tokens, right, below]).unbind(1)
@@ -220,7 +240,8 @@ def mask(self: WindowKernels,
     h: int,      # height of the map
     w: int,      # width of the map
     device=None, # where the result lives
-) -> Tensor:     # (n, n + p) bool, n = h*w; the p tokens of padding are the last columns, p = 0 where windows tile the map
+# (n, n + p) bool, n = h*w; the p tokens of padding are the last columns, p = 0 where windows tile the map
+) -> Tensor:
     "The literal selection over the whole map: True at (i, j) if position i selects kernel j."
     n = h * w
     window, region, _ = self.layout(h, w, device)
@@ -258,7 +279,8 @@ def window_mask(self: WindowKernels,
     (sh, sw), (hp, wp) = self.shift_size, self.padded(h, w)
     low = torch.arange(hp, device=device) >= hp - sh
     right = torch.arange(wp, device=device) >= wp - sw
-    region = window_partition((2 * low[:, None] + right)[None, ..., None], self.window_size).flatten(1)  # (windows, area)
+    # (windows, area)
+    region = window_partition((2 * low[:, None] + right)[None, ..., None], self.window_size).flatten(1)
     return region[:, :, None] == region[:, None]
 
 # %% ../../nbs/layers/04_selection.ipynb #f8058386
@@ -277,7 +299,8 @@ SHARING = 'none', 'heads', 'kv', 'layers'
 
 @register_selection('projected')
 class ProjectedKernels(Selection):
-    "Linformer's rule: `num_kernels` learned mixtures of the bank's kernels and of their partners (section 3.3; arXiv 2006.04768)."
+    """Linformer's rule: `num_kernels` learned mixtures of the bank's kernels and of their partners (section
+    3.3; arXiv 2006.04768)."""
     hard = False
     words = 'Soft'
 
@@ -285,27 +308,33 @@ class ProjectedKernels(Selection):
         grid_size: int | tuple[int, int], # height and width of the map; (1, n) for a sequence
         num_kernels: int | None = None,   # k, the size of the new bank; None: a quarter of the old one
         num_heads: int = 1,               # heads of the attention, for `share='none'`
-        share: str = 'none',              # one of `SHARING`; with 'layers', hand one and the same module to all layers
+        # one of `SHARING`; with 'layers', hand one and the same module to all layers
+        share: str = 'none',
         num_prefix_tokens: int = 0,       # class and register tokens, before those of the map
     ):
         if share not in SHARING: raise ValueError(f'unknown share {share!r}; choose one of {SHARING}')
-        if grid_size is None: raise ValueError("selection 'projected' needs grid_size=(H, W), the map that the tokens lie on")
+        if grid_size is None:
+            raise ValueError("selection 'projected' needs grid_size=(H, W), the map that the tokens lie on")
         super().__init__(grid_size, num_prefix_tokens)
         n = math.prod(self.grid_size) + num_prefix_tokens
         if num_kernels is None: num_kernels = max(1, n // 4)
         self.num_kernels = num_kernels
         self.share = share
-        if not 0 < num_kernels <= n: raise ValueError(f'num_kernels={num_kernels} mixtures cannot be made of {n} kernels; choose 1 to {n}')
+        if not 0 < num_kernels <= n:
+            raise ValueError(f'num_kernels={num_kernels} mixtures cannot be made of {n} kernels; '
+                             f'choose 1 to {n}')
         shape = num_heads if share == 'none' else 1, n, num_kernels
         self.E = nn.Parameter(torch.empty(shape))                                         # (heads or 1, n, k)
-        self.F = nn.Parameter(torch.empty(shape)) if share in ('none', 'heads') else None # the same, or None where E serves both
+        # the same, or None where E serves both
+        self.F = nn.Parameter(torch.empty(shape)) if share in ('none', 'heads') else None
         self.reset_parameters()
 
     def reset_parameters(self):
         "Normal with variance 1/n, so that mixtures of independent kernels are as large as the kernels."
         for p in self.parameters(): nn.init.normal_(p, std=p.shape[1] ** -.5)
 
-    def extra_repr(self): return f'grid_size={self.grid_size}, num_kernels={self.num_kernels}, share={self.share!r}'
+    def extra_repr(self):
+        return f'grid_size={self.grid_size}, num_kernels={self.num_kernels}, share={self.share!r}'
 
 # %% ../../nbs/layers/04_selection.ipynb #4f308c87
 @patch
@@ -316,14 +345,19 @@ def forward(self: ProjectedKernels,
     mask: Tensor | None = None, # must be None: a mask speaks of single kernels, and a mixture has many
 ) -> tuple:           # keys and values (b, heads, num_kernels, d), and None: no mask
     "Mix the bank. ValueError for another number of tokens or heads, or a mask."
-    if mask is not None: raise ValueError('a mask forbids single kernels, but a projected selection mixes all of them; choose a hard selection, or pass no mask')
+    if mask is not None:
+        raise ValueError('a mask forbids single kernels, but a projected selection mixes all of them; choose '
+                         'a hard selection, or pass no mask')
     for_keys = self.on_grid(self.E)
     for_values = for_keys if self.F is None else self.on_grid(self.F)
     heads, rows, _ = for_keys.shape
     n = k.shape[-2]
     if n > rows or (n < rows and self.grid_size[0] > 1):
-        raise ValueError(f'the projections have rows for {rows} kernels but the bank has {n}; call set_grid_size with the size of the map')
-    if heads not in (1, k.shape[-3]): raise ValueError(f'the projections are for {heads} heads but the bank has {k.shape[-3]}; build them with num_heads={k.shape[-3]} or share=\'heads\'')
+        raise ValueError(f'the projections have rows for {rows} kernels but the bank has {n}; call '
+                         'set_grid_size with the size of the map')
+    if heads not in (1, k.shape[-3]):
+        raise ValueError(f'the projections are for {heads} heads but the bank has {k.shape[-3]}; build them '
+                         f'with num_heads={k.shape[-3]} or share=\'heads\'')
     new_k = for_keys[:, :n].transpose(1, 2) @ k
     new_v = None if v is None else for_values[:, :n].transpose(1, 2) @ v
     return new_k, new_v, None
@@ -345,7 +379,8 @@ def resized(self: ProjectedKernels,
 
 @patch
 def on_grid(self: ProjectedKernels, p: Tensor) -> Tensor:
-    "A projection for the image at hand: resized in passing where `live_grid` says that its grid is another one."
+    """A projection for the image at hand: resized in passing where `live_grid` says that its grid is another
+    one."""
     return p if self.live_grid in (None, self.grid_size) else self.resized(p, self.live_grid)
 
 @patch
@@ -384,15 +419,19 @@ def axis_neighborhood(
 # %% ../../nbs/layers/04_selection.ipynb #nbhood05
 @register_selection('neighborhood')
 class NeighborhoodKernels(Selection):
-    "The k x k kernels around each position, moved inwards at the edges of the map (NATTEN, arXiv 2204.07143)."
+    """The k x k kernels around each position, moved inwards at the edges of the map (NATTEN, arXiv
+    2204.07143)."""
     words = 'Hard (local)'
 
     def __init__(self,
-        kernel_size: int | None = None,                 # k, odd; None: 7, or the largest odd number below the sides of the map
+        # k, odd; None: 7, or the largest odd number below the sides of the map
+        kernel_size: int | None = None,
         grid_size: int | tuple[int, int] | None = None, # height and width of the map
         num_prefix_tokens: int = 0,                     # class and register tokens in front of the map
     ):
-        if grid_size is None: raise ValueError("selection 'neighborhood' needs grid_size=(H, W), the map that the tokens lie on")
+        if grid_size is None:
+            raise ValueError("selection 'neighborhood' needs grid_size=(H, W), the map that the "
+                             "tokens lie on")
         super().__init__(grid_size, num_prefix_tokens)
         if kernel_size is None: kernel_size = min(7, largest_odd(min(self.grid_size) - 1))
         self.kernel_size = kernel_size
@@ -416,7 +455,8 @@ def check(self: NeighborhoodKernels, grid_size: tuple[int, int]) -> None:
     k, side = self.kernel_size, min(grid_size)
     fits = isinstance(k, int) and not isinstance(k, bool) and 0 < k <= side and k % 2 == 1
     if not fits:
-        raise ValueError(f'kernel_size={k} makes no neighborhood on a map of {grid_size[0]} x {grid_size[1]}; choose an odd number from 1 to {largest_odd(side)}')
+        raise ValueError(f'kernel_size={k} makes no neighborhood on a map of {grid_size[0]} x '
+                         f'{grid_size[1]}; choose an odd number from 1 to {largest_odd(side)}')
 
 @patch
 def mask(self: NeighborhoodKernels, h: int, w: int, device=None) -> Tensor:
@@ -430,12 +470,14 @@ def mask(self: NeighborhoodKernels, h: int, w: int, device=None) -> Tensor:
 # %% ../../nbs/layers/04_selection.ipynb #topk0003
 @register_selection('topk')
 class TopKernels(Selection):
-    "The k kernels that answer a position best (KVT, arXiv 2106.00515). Gradients flow through the selected kernels; the choice itself has none."
+    """The k kernels that answer a position best (KVT, arXiv 2106.00515). Gradients flow through the selected
+    kernels; the choice itself has none."""
     words = 'Hard (best k)'
     needs_grid = False
 
     def __init__(self,
-        k: int | float = .5,                            # how many (2, 3.0), or which share of the bank (.5, up to 1.0)
+        # how many (2, 3.0), or which share of the bank (.5, up to 1.0)
+        k: int | float = .5,
         grid_size: int | tuple[int, int] | None = None, # height and width of the map, to check k against
         num_prefix_tokens: int = 0,                     # class and register tokens in front of the map
     ):
@@ -443,7 +485,8 @@ class TopKernels(Selection):
         self.k = k
         number = isinstance(k, (int, float)) and not isinstance(k, bool) and math.isfinite(k)
         if not number or k <= 0 or (k > 1 and k != int(k)):
-            raise ValueError(f'k={k!r} is no number of kernels; give a whole one from 1, or a share between 0 and 1')
+            raise ValueError(f'k={k!r} is no number of kernels; give a whole one from 1, or a share '
+                             'between 0 and 1')
         if self.grid_size is not None: self.count(math.prod(self.grid_size) + num_prefix_tokens)
 
     def set_grid_size(self, grid_size: int | tuple[int, int]) -> None:
@@ -454,7 +497,9 @@ class TopKernels(Selection):
     def count(self, n: int) -> int:
         "How many of n kernels are selected. ValueError for more than there are."
         if isinstance(self.k, float) and self.k <= 1: return max(1, int(self.k * n + .5))
-        if self.k > n: raise ValueError(f'k={self.k} kernels cannot be selected from a bank of {n}; choose 1 to {n}, or a share between 0 and 1')
+        if self.k > n:
+            raise ValueError(f'k={self.k} kernels cannot be selected from a bank of {n}; choose 1 to {n}, or '
+                             'a share between 0 and 1')
         return int(self.k)
 
     def extra_repr(self): return f'k={self.k}'
@@ -474,5 +519,6 @@ def forward(self: TopKernels,
         order = answers.sort(dim=-1, descending=True, stable=True).indices
         first = order[..., :self.count(k.shape[-2])]                                     # (b, heads, n, k)
         chosen = torch.zeros_like(answers, dtype=torch.bool)
-        chosen = chosen.scatter(-1, first, torch.ones_like(first, dtype=torch.bool))     # `True` alone breaks a trace
+        # `True` alone breaks a trace
+        chosen = chosen.scatter(-1, first, torch.ones_like(first, dtype=torch.bool))
     return k, v, chosen if mask is None else chosen & mask

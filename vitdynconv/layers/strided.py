@@ -53,7 +53,8 @@ class Strided:
         **mixer,                    # all else as for the mixer
     ):
         check_stride(stride)
-        if grid_size is None: raise ValueError(f'stride={stride} needs grid_size=(H, W), the map that shrinks')
+        if grid_size is None:
+            raise ValueError(f'stride={stride} needs grid_size=(H, W), the map that shrinks')
         super().__init__(dim, num_heads, grid_size=grid_size, **mixer)
         self.stride, self.out_dim = stride, out_dim or dim
         old = self.proj
@@ -80,7 +81,8 @@ def strided(self: Strided,
 def with_table(self: Strided,
     bias: Tensor | None, # of this call, rows kept
 ) -> dict:               # `bias` and `position` for the backend
-    "The position table: as it is without a stride; its matrix with the rows kept where queries and kernels differ in number."
+    """The position table: as it is without a stride; its matrix with the rows kept where queries and kernels
+    differ in number."""
     position = self.position()
     if position is None or self.stride == 1: return dict(bias=bias, position=position)
     rows = self.strided(position.bias())                          # (h, n', n)
@@ -118,7 +120,9 @@ def add_on_coarse_map(self: StridedAttention,
 ) -> Tensor:         # (b, h, n', d)
     "The second dynamic convolution slides over what the first one made: the coarse map."
     if self.stride == 1: return near.add(y)
-    if near.links is not None: raise ValueError('kernels of k x k with a stride take no mask: neighbors on the coarse map are others than on the fine one')
+    if near.links is not None:
+        raise ValueError('kernels of k x k with a stride take no mask: neighbors on the coarse map are '
+                         'others than on the fine one')
     return Neighbors(self.out_grid, self.kernel_size, self.num_prefix_tokens).add(y)
 
 # %% ../../nbs/layers/09_strided.ipynb #caf4e739

@@ -88,7 +88,8 @@ def obstacle(
     for name, m in root.named_modules(prefix=path):
         kind = type(m)
         looks_like_attention = re.search(r'attn|attention(?!pool)|sa$', kind.__name__, re.I)
-        if kind not in ATTENTION and looks_like_attention: return f'{name} is a {kind.__module__}.{kind.__name__}'
+        if kind not in ATTENTION and looks_like_attention:
+            return f'{name} is a {kind.__module__}.{kind.__name__}'
         if kind is not Attention: continue
         for part in 'norm', 'gate':
             if not isinstance(getattr(m, part, None), (type(None), nn.Identity)):
@@ -96,7 +97,8 @@ def obstacle(
 
 # %% ../../nbs/models/01_adapter.ipynb #bb003ba
 class Backbone:
-    "What `convert` has to know about a kind of timm's models. A subclass for each kind; this one serves models of unknown layout."
+    """What `convert` has to know about a kind of timm's models. A subclass for each kind; this one serves
+    models of unknown layout."""
     theirs = ours = None        # timm's class, and the class of converted models; None: any, which is kept
     modules = ()                # further modules of timm that define models of this class
     blocks = ''                 # regular expression of the paths of blocks
@@ -116,22 +118,28 @@ class Backbone:
 
     def find_blocks(self) -> dict[str, nn.Module]:
         "Path -> block."
-        return {n: m for n, m in self.model.named_modules(remove_duplicate=False) if re.fullmatch(self.blocks, n)}
+        return {n: m for n, m in self.model.named_modules(remove_duplicate=False)
+                if re.fullmatch(self.blocks, n)}
 
     def mixers(self) -> dict[str, nn.Module]:
-        "Path -> token mixer, in order; a mixer that stands in two places is listed twice. ValueError for another kind of attention."
+        """Path -> token mixer, in order; a mixer that stands in two places is listed twice. ValueError for
+        another kind of attention."""
         mixers = {}
         for path, block in self.find_blocks().items():
-            found = {n: m for n, m in block.named_modules(prefix=path, remove_duplicate=False) if type(m) in ATTENTION}
+            found = {n: m for n, m in block.named_modules(prefix=path, remove_duplicate=False)
+                     if type(m) in ATTENTION}
             reason = obstacle(block, path)
-            if not found and not reason: reason = f'{path or "the model"} is a {type(block).__module__}.{type(block).__name__}'
+            if not found and not reason:
+                reason = f'{path or "the model"} is a {type(block).__module__}.{type(block).__name__}'
             if reason: raise self.refusal(reason)
             mixers |= found
         return mixers
 
     def refusal(self, reason: str) -> ValueError:
         "The error for a model that cannot be converted."
-        return ValueError(f"{type(self.model).__name__} cannot be converted: {reason}; only timm's standard Attention, Swin's WindowAttention and ConvNeXt's depth-wise convolution can be exchanged")
+        return ValueError(f"{type(self.model).__name__} cannot be converted: {reason}; only timm's standard "
+                          "Attention, Swin's WindowAttention and ConvNeXt's depth-wise convolution can "
+                          "be exchanged")
 
     def place(self, path: str) -> Place:
         "Where the mixer at `path` stands."
@@ -140,7 +148,8 @@ class Backbone:
 # %% ../../nbs/models/01_adapter.ipynb #bb004ex
 @patch
 def copied(self: Backbone) -> Backbone:
-    "A copy of the model in the class of converted models, with its adapter. ValueError for modules that cannot be copied."
+    """A copy of the model in the class of converted models, with its adapter. ValueError for modules that
+    cannot be copied."""
     old = self.model
     try: new = copy_module(old)
     except RuntimeError as e: raise ValueError(f'{type(old).__name__} cannot be copied: {e}') from e
@@ -158,9 +167,11 @@ def restore(self: Backbone) -> None: "The inverse of `prepare`, for `to_timm`."
 # %% ../../nbs/models/01_adapter.ipynb #bb004me
 @patch
 def make(self: Backbone, place: Place, cls: type, **settings) -> tuple[nn.Module, dict]:
-    "A mixer of class `cls` with the weights of the one that stands there, and those that moved: new name -> (old name, note)."
+    """A mixer of class `cls` with the weights of the one that stands there, and those that moved: new name ->
+    (old name, note)."""
     tables = getattr(place.mixer, 'relative_position_bias_table', None)
-    new = cls.from_timm(place.mixer, grid_size=place.grid, num_prefix_tokens=place.num_prefix_tokens, **settings)
+    new = cls.from_timm(place.mixer, grid_size=place.grid, num_prefix_tokens=place.num_prefix_tokens,
+                        **settings)
     moved = {}
     if hasattr(new, 'qk') and not hasattr(place.mixer, 'qk'):
         for name, _ in new.qk.named_parameters():
@@ -168,7 +179,8 @@ def make(self: Backbone, place: Place, cls: type, **settings) -> tuple[nn.Module
     table = new.relative_position_bias_table
     if tables is not None and table is not None and table.shape[1] > tables.shape[1]:
         table.data = tables.detach().repeat_interleave(table.shape[1] // tables.shape[1], 1)
-        moved['relative_position_bias_table'] = 'relative_position_bias_table', "each head's table for each of its channels"
+        moved['relative_position_bias_table'] = ('relative_position_bias_table',
+                                                 "each head's table for each of its channels")
     return new, moved
 
 @patch
@@ -178,7 +190,8 @@ def put(self: Backbone, place: Place, mixer: nn.Module) -> str:
     return place.path
 
 @patch
-def set_position(self: Backbone, pos: str) -> None: "Give the model its absolute position embedding, or take it away."
+def set_position(self: Backbone, pos: str) -> None:
+    "Give the model its absolute position embedding, or take it away."
 
 @patch
 def set_class_token(self: Backbone, wanted: bool) -> dict:
@@ -187,7 +200,8 @@ def set_class_token(self: Backbone, wanted: bool) -> dict:
 
 # %% ../../nbs/models/01_adapter.ipynb #bb005ex
 @patch
-def why_not_timms(self: Backbone) -> str | None: "What timm's class has no place for, besides the mixers; None: nothing."
+def why_not_timms(self: Backbone) -> str | None:
+    "What timm's class has no place for, besides the mixers; None: nothing."
 
 @patch
 def why_not_timms_mixer(self: Backbone, mixer: nn.Module) -> str | None:
@@ -196,7 +210,8 @@ def why_not_timms_mixer(self: Backbone, mixer: nn.Module) -> str | None:
     if isinstance(mixer, DepthwiseSelfAttention): return 'is depth-wise and has no values'
     if mixer.kernel_size > 1: return f'has kernels of {mixer.kernel_size} x {mixer.kernel_size}, not of 1 x 1'
     act = mixer.act
-    if type(act) is not Softmax: return f'has the activation {getattr(act, "name", type(act).__name__)!r}, not softmax'
+    if type(act) is not Softmax:
+        return f'has the activation {getattr(act, "name", type(act).__name__)!r}, not softmax'
     if abs(act.factor * mixer.head_dim ** .5 - 1) > 1e-6:
         return f'has a softmax of temperature {1 / act.factor:g}, not sqrt({mixer.head_dim})'
     if mixer.selection is not None and not isinstance(mixer.selection, AllKernels):
@@ -219,20 +234,24 @@ def timm_mixer(self: Backbone, mixer: DynamicConvAttention) -> nn.Module:
     "A softmax mixer as timm's `Attention`, with the same weights."
     inner = mixer.num_heads * mixer.head_dim
     width = {} if inner == mixer.dim else dict(attn_head_dim=mixer.head_dim)
-    new = Attention(mixer.dim, mixer.num_heads, attn_drop=mixer.attn_drop.p, proj_drop=mixer.proj_drop.p, device='meta', **width)
+    new = Attention(mixer.dim, mixer.num_heads, attn_drop=mixer.attn_drop.p, proj_drop=mixer.proj_drop.p,
+                    device='meta', **width)
     return moved_layers(new, mixer, ('qkv', 'q_norm', 'k_norm', 'proj'))
 
 # %% ../../nbs/models/01_adapter.ipynb #a295fea1
 @register_notrace_module
 class ConvMixer(nn.Module):
-    "A convolution of maps as the token mixer of a block: tokens (b, n, c) to map, static conv, `conv`, static conv, and back."
+    """A convolution of maps as the token mixer of a block: tokens (b, n, c) to map, static conv, `conv`,
+    static conv, and back."""
     live_grid = None # (H, W) of the image at hand where sizes are dynamic, set by the model
 
     def __init__(self,
         dim: int,                   # channels
-        conv: nn.Module,            # (b, dim, H, W) to the same: `DynamicConv2d`, `DynamicDepthwiseConv2d`, ...
+        # (b, dim, H, W) to the same: `DynamicConv2d`, `DynamicDepthwiseConv2d`, ...
+        conv: nn.Module,
         grid_size: tuple[int, int], # (H, W) on which the tokens lie
-        static: bool = True,        # static 1x1 convolutions before and after, for convolutions that keep channels apart
+        # static 1x1 convolutions before and after, for convolutions that keep channels apart
+        static: bool = True,
         proj_drop: float = 0.,      # dropout on the output
     ):
         super().__init__()
@@ -249,8 +268,10 @@ class ConvMixer(nn.Module):
 # %% ../../nbs/models/01_adapter.ipynb #a295feb2
 @patch
 def forward(self: ConvMixer, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    "(b, n, dim) to (b, n, dim). ValueError for a mask: a convolution sees its neighbourhood, whatever the mask says."
-    if attn_mask is not None or is_causal: raise ValueError('a convolution cannot take a mask; use a model with attention for masked images')
+    """(b, n, dim) to (b, n, dim). ValueError for a mask: a convolution sees its neighbourhood, whatever the
+    mask says."""
+    if attn_mask is not None or is_causal:
+        raise ValueError('a convolution cannot take a mask; use a model with attention for masked images')
     tokens = self.value(x).mT.unflatten(2, self.live_grid or self.grid_size)   # (b, dim, H, W)
     return self.proj_drop(self.proj(self.conv(tokens).flatten(2).mT))
 

@@ -14,7 +14,8 @@ from .swin import SwinBackbone
 from .vit import DistilledBackbone, ViTBackbone
 
 # %% ../../nbs/models/05_backbones.ipynb #bb018ex
-BACKBONES = [DistilledBackbone, ViTBackbone, SwinBackbone, ConvNeXtBackbone]  # a subclass comes before its parent
+# a subclass comes before its parent
+BACKBONES = [DistilledBackbone, ViTBackbone, SwinBackbone, ConvNeXtBackbone]
 
 def backbone_of(
     model: nn.Module, # a model of timm's, or a converted one
@@ -37,5 +38,6 @@ def backbone_class(
 def find_mixers(
     model: nn.Module,       # a model of timm's, or one that was converted
 ) -> dict[str, nn.Module]:  # path in the model -> token mixer, in order
-    "The token mixers of a model. ValueError, naming the module that stops it, for models that have none or another kind."
+    """The token mixers of a model. ValueError, naming the module that stops it, for models that have none or
+    another kind."""
     return backbone_of(model).mixers()

@@ -21,7 +21,8 @@ def vdc_convert(
     kernel: str = 'pair',                  # pair or depthwise
     pos: str = '',                         # abs, rel or none; left out: as the model has it
     class_token: str = '',                 # yes or no; left out: as the model has it
-    pos_per: str = 'head',                 # depth-wise with relative position: one table per head or per channel
+    # depth-wise with relative position: one table per head or per channel
+    pos_per: str = 'head',
     selection: str = '',                   # which kernels a position uses; left out: as the model has it
     checkpoint: str = '',                  # file with the model's weights, .safetensors or .pth
     pretrained: bool = False,              # take the weights that timm publishes
@@ -29,25 +30,30 @@ def vdc_convert(
     csv: str = '',                         # where the report goes as CSV, one row per weight
     json: str = '',                        # where the report goes as JSON
 ):
-    "Convert a checkpoint of timm's and report what happened to each weight. Without --checkpoint and --pretrained the model is a fresh one."
+    """Convert a checkpoint of timm's and report what happened to each weight. Without --checkpoint and
+    --pretrained the model is a fresh one."""
     with exit_on_error('vdc_convert'):
         for path, option in (csv, '--csv'), (json, '--json'): check_target(path, option)
-        if class_token not in ('yes', 'no', ''): raise ValueError(f'--class_token {class_token}: say yes or no, or leave it out')
+        if class_token not in ('yes', 'no', ''):
+            raise ValueError(f'--class_token {class_token}: say yes or no, or leave it out')
         token = dict(yes=True, no=False).get(class_token)
-        settings = dict(activation=activation, kernel=kernel, pos=pos or None, class_token=token, pos_per=pos_per, selection=selection or None)
+        settings = dict(activation=activation, kernel=kernel, pos=pos or None, class_token=token,
+                        pos_per=pos_per, selection=selection or None)
         from vitdynconv.models.weights import convert_file
         new = convert_file(model, settings, checkpoint, pretrained, out)
         rows = [w._asdict() | dict(shape='x'.join(map(str, w.shape))) for w in new.conversion.weights]
         save_rows(rows, csv, json)
         print(new.conversion)
-        if not (checkpoint or pretrained): print('the model was a fresh one: neither --checkpoint nor --pretrained was given')
+        if not (checkpoint or pretrained):
+            print('the model was a fresh one: neither --checkpoint nor --pretrained was given')
         print(f'{sum(p.numel() for p in new.parameters()) / 1e6:.3f} M parameters in {out}')
 
 # %% ../../nbs/models/13_commands.ipynb #9ee59e05
 def model_for(
     name: str,                     # a model of timm's, or one of this library with the prefix `vdc_`
     input_size: int | None = None, # side of the image; None: the model's own
-    **variant,                     # activation, kernel, pos, class_token, selection: makes it one of this library; None: not given
+    # activation, kernel, pos, class_token, selection: makes it one of this library; None: not given
+    **variant,
 ):                                 # the model
     "A model to be counted, with random weights. ValueError for an unknown name, with those that are close."
     import timm
@@ -57,7 +63,8 @@ def model_for(
         hint = f'did you mean {" or ".join(close)}?' if close else 'timm.list_models() lists the names'
         raise ValueError(f'unknown model {name!r}; {hint}')
     variant = {k: v for k, v in variant.items() if v is not None}
-    make = partial(create_model, name.removeprefix('vdc_'), **variant) if variant else partial(timm.create_model, name)
+    make = (partial(create_model, name.removeprefix('vdc_'), **variant) if variant
+            else partial(timm.create_model, name))
     if input_size is None: return make()
     try: return make(img_size=input_size)
     except TypeError as e:                                       # timm's ConvNets are not built for a size
@@ -105,7 +112,8 @@ def vdc_cost(
 ):
     "Multiply-adds, parameters and activations of a model, or of the paper's Table 3."
     with exit_on_error('vdc_cost'):
-        variant = dict(activation=activation, kernel=kernel, pos=pos, selection=selection, class_token=False if no_class_token else None)
+        variant = dict(activation=activation, kernel=kernel, pos=pos, selection=selection,
+                       class_token=False if no_class_token else None)
         check_request(table, model, variant, input_size, form, convention, by)
         for path, option in (csv, '--csv'), (json, '--json'): check_target(path, option)
         rows = table_rows() if table else model_rows(model, variant, input_size, form, convention, by)
@@ -123,26 +131,35 @@ def check_request(
     convention: str,               # 'paper', 'fvcore' or 'products'
     by: str | None,                # 'module' or 'operator'
 ) -> None:                         # nothing: raises ValueError
-    "Refuse what cannot be counted. ValueError with the valid values; an option that would be ignored is refused, too."
+    """Refuse what cannot be counted. ValueError with the valid values; an option that would be ignored is
+    refused, too."""
     checks = dict(table=(table, (None, 3)), convention=(convention, ('paper', 'fvcore', 'products')),
                   by=(by, (None, 'module', 'operator')), form=(form, ('as is', 'literal', 'merged')))
     for name, (value, valid) in checks.items():
-        if value not in valid: raise ValueError(f'unknown {name} {value!r}; choose one of {", ".join(str(v) for v in valid if v is not None)}')
+        if value not in valid:
+            raise ValueError(f'unknown {name} {value!r}; choose one of '
+                             f'{", ".join(str(v) for v in valid if v is not None)}')
     if (table is None) == (model is None): raise ValueError('give either --table 3 or --model NAME')
-    given = [name for name, value in variant.items() if value is not None] + ['input_size'] * (input_size is not None) + ['by'] * (by is not None)
+    given = ([name for name, value in variant.items() if value is not None]
+             + ['input_size'] * (input_size is not None) + ['by'] * (by is not None))
     if form != 'as is': given.append('form')
     if convention != 'paper': given.append('convention')
-    if table and given: raise ValueError(f'--{given[0]} is for --model; --table 3 counts the fifteen rows as the paper counted them')
-    if input_size is not None and input_size < 1: raise ValueError(f'--input_size {input_size} is no image; give a side above 0')
+    if table and given:
+        raise ValueError(f'--{given[0]} is for --model; --table 3 counts the fifteen rows as the paper '
+                         'counted them')
+    if input_size is not None and input_size < 1:
+        raise ValueError(f'--input_size {input_size} is no image; give a side above 0')
 
 def table_rows() -> list[dict]:
     "Table 3."
     from vitdynconv.models.formulas import table3
     return table3()
 
-def model_rows(model: str, variant: dict, input_size: int | None, form: str, convention: str, by: str | None) -> list[dict]:
+def model_rows(model: str, variant: dict, input_size: int | None, form: str, convention: str,
+               by: str | None) -> list[dict]:
     "One row for the model, or one for each of its modules or operators."
     from vitdynconv.models.cost import CONVENTIONS, count
     found = count(model_for(model, input_size, **variant), input_size, form=form, **CONVENTIONS[convention])
     costs = {None: {model: found.total}, 'module': found.modules, 'operator': found.operators}[by]
-    return [dict(name=name or model, gflops=c.gflops, mparams=c.mparams, macts=c.macts) for name, c in costs.items()]
+    return [dict(name=name or model, gflops=c.gflops, mparams=c.mparams, macts=c.macts)
+            for name, c in costs.items()]

@@ -15,7 +15,8 @@ from torch import nn, Tensor
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.position import kernel_to_table
 from .adapter import Backbone, Converted, Place, set_module
-from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
+# timm looks for it in the module of a model's class
+from .fitting import checkpoint_filter_fn
 
 # %% ../../nbs/models/04_convnext.ipynb #bb013mm
 @register_notrace_module
@@ -43,7 +44,8 @@ def size_after(
         padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
         spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size)]
         if isinstance(conv.padding, str): spans = [0, 0]
-        size = tuple((n + 2 * p - span - 1) // s + 1 for n, p, span, s in zip(size, padding, spans, conv.stride))
+        size = tuple((n + 2 * p - span - 1) // s + 1
+                     for n, p, span, s in zip(size, padding, spans, conv.stride))
     return size
 
 class DynamicConvConvNeXt(Converted, ConvNeXt):
@@ -87,15 +89,20 @@ class ConvNeXtBackbone(Backbone):
 
 # %% ../../nbs/models/04_convnext.ipynb #bb016mk
 @patch
-def make(self: ConvNeXtBackbone, place: Place, cls: type, num_heads: int | None = None, **settings) -> tuple[nn.Module, dict]:
-    "A mixer of tokens for the place of a convolution. Its weights are new, but for depth-wise self-attention with a table per channel, which holds the static kernel."
+def make(self: ConvNeXtBackbone, place: Place, cls: type, num_heads: int | None = None,
+         **settings) -> tuple[nn.Module, dict]:
+    """A mixer of tokens for the place of a convolution. Its weights are new, but for depth-wise
+    self-attention with a table per channel, which holds the static kernel."""
     old = place.mixer
     if not isinstance(old, nn.Conv2d): return super(ConvNeXtBackbone, self).make(place, cls, **settings)
-    heads = num_heads or max(h for h in range(1, max(2, place.dim // self.head_dim + 1)) if place.dim % h == 0)
+    heads = (num_heads
+             or max(h for h in range(1, max(2, place.dim // self.head_dim + 1)) if place.dim % h == 0))
     like = old.weight
-    mixer = cls(place.dim, heads, grid_size=place.grid, device=like.device, dtype=like.dtype, **settings).train(old.training)
+    mixer = cls(place.dim, heads, grid_size=place.grid, device=like.device, dtype=like.dtype,
+                **settings).train(old.training)
     moved = {}
-    if cls is DepthwiseSelfAttention and settings.get('pos_per') == 'channel' and settings.get('pos') == 'rel':
+    if cls is DepthwiseSelfAttention and settings.get('pos_per') == 'channel' and settings.get(
+        'pos') == 'rel':
         moved = hold_static_kernel(mixer, old)
     return mixer, moved
 
@@ -119,12 +126,14 @@ def why_not_timms_mixer(self: ConvNeXtBackbone, mixer: nn.Module) -> str | None:
 def hold_static_kernel(
     mixer: DepthwiseSelfAttention, # with a table for each channel; changed in place
     conv: nn.Conv2d,               # depth-wise, stride 1
-) -> dict:                         # the weights that moved: new name within the mixer -> (old name within the convolution, note)
+# the weights that moved: new name within the mixer -> (old name within the convolution, note)
+) -> dict:
     "Let depth-wise self-attention start as a static depth-wise convolution."
     h, w = mixer.grid_size
     kernel = dilated(conv)
     rows, columns = (2 * h - 1 - kernel.shape[1]) // 2, (2 * w - 1 - kernel.shape[2]) // 2
-    kernel = nn.functional.pad(kernel, (columns, columns, rows, rows))     # offsets beyond the map are cut off
+    # offsets beyond the map are cut off
+    kernel = nn.functional.pad(kernel, (columns, columns, rows, rows))
     mixer.relative_position_bias_table.copy_(kernel_to_table(kernel))
     identity = torch.eye(mixer.dim)
     mixer.qk.weight.copy_(torch.cat([torch.zeros_like(identity), identity]))

@@ -19,7 +19,8 @@ from functools import partial
 from typing import Callable, Iterator, NamedTuple
 import vitdynconv.tools.cli  # first: it silences a deprecation on importing fvcore
 from fvcore.nn.jit_analysis import JitModelAnalysis
-from fvcore.nn.jit_handles import batchnorm_flop_jit, conv_flop_jit, einsum_flop_jit, elementwise_flop_counter, get_shape
+from fvcore.nn.jit_handles import (batchnorm_flop_jit, conv_flop_jit, einsum_flop_jit,
+                                   elementwise_flop_counter, get_shape)
 import torch
 from torch import nn, Tensor
 from torch.profiler import profile, ProfilerActivity
@@ -94,13 +95,15 @@ def is_complex(value) -> bool:
     return str(value.type()).startswith('Complex')
 
 def fourier_macs(inputs, outputs) -> int:
-    "Radix-2: log2(L) / 2 butterflies per value, 4 multiply-adds each. The spectrum of a real map has half the values, and costs half."
+    """Radix-2: log2(L) / 2 butterflies per value, 4 multiply-adds each. The spectrum of a real map has half
+    the values, and costs half."""
     source, result = inputs[0], outputs[0]
     spectrum = result if is_complex(result) else source
     axes = inputs[2].toIValue()
     axes = axes if isinstance(axes, list) else [axes]
     lengths = [get_shape(spectrum)[axis] for axis in axes]
-    if not (is_complex(source) and is_complex(result)): lengths[-1] = 2 * (lengths[-1] - 1)   # the half that is stored
+    if not (is_complex(source) and is_complex(result)):
+        lengths[-1] = 2 * (lengths[-1] - 1)   # the half that is stored
     return round(2 * numel(spectrum) * math.log2(math.prod(lengths)))
 
 def multiply_macs(inputs, outputs) -> int:
@@ -113,11 +116,13 @@ class Rule(NamedTuple):
     macs: Callable
     acts: Callable = nothing
 
-FIRST_IS_LEFT = 'linear matmul mm bmm mv dot linalg_vecdot'.split()   # products whose first argument is the left operand
+# products whose first argument is the left operand
+FIRST_IS_LEFT = 'linear matmul mm bmm mv dot linalg_vecdot'.split()
 SECOND_IS_LEFT = 'addmm baddbmm addmv'.split()                        # the first is added to the product
 NORMS = dict(layer_norm=2, group_norm=2, instance_norm=1)             # -> which argument is the weight
 POOLS = dict(adaptive_avg_pool2d=(1, 0), upsample_nearest2d=(0, 1), upsample_bilinear2d=(0, 4),
-             upsample_bicubic2d=(0, 16), grid_sampler=(0, 4))         # -> multiply-adds per input and per output
+             # -> multiply-adds per input and per output
+             upsample_bicubic2d=(0, 16), grid_sampler=(0, 4))
 FOURIER = 'fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2'.split()
 
 # %% ../../nbs/models/11_cost.ipynb #6c8e3d08
@@ -125,7 +130,8 @@ def operators(layernorm: int = 5) -> dict[str, Rule]:
     "Operator -> its rule."
     rules = {
         '_convolution': Rule(conv_flop_jit, written), '_convolution_mode': Rule(conv_macs, written),
-        'einsum': Rule(einsum_flop_jit, written), 'scaled_dot_product_attention': Rule(attention_macs, attention_acts),
+        'einsum': Rule(einsum_flop_jit, written),
+        'scaled_dot_product_attention': Rule(attention_macs, attention_acts),
         'batch_norm': Rule(batchnorm_flop_jit), 'mul': Rule(multiply_macs), 'mul_': Rule(multiply_macs)}
     for name in FIRST_IS_LEFT: rules[name] = Rule(product_macs, written)
     for name in SECOND_IS_LEFT: rules[name] = Rule(partial(product_macs, left=1), written)
@@ -135,19 +141,26 @@ def operators(layernorm: int = 5) -> dict[str, Rule]:
     return {f'aten::{name}': rule for name, rule in rules.items()}
 
 # %% ../../nbs/models/11_cost.ipynb #a362666f
-ELEMENTWISE = """add sub rsub div neg abs pow square sqrt rsqrt exp log sin cos reciprocal addcmul addcdiv lerp where floor ceil round sign remainder
-floor_divide relu relu6 gelu silu sigmoid tanh softplus mish elu selu leaky_relu prelu hardtanh hardswish hardsigmoid clamp clamp_min clamp_max
-dropout feature_dropout masked_fill lt le gt ge eq ne logical_not logical_and logical_or bitwise_not bitwise_and bitwise_or __and__ __or__"""
-REDUCTIONS = """sum mean var std var_mean amax amin max min argmax any all cumsum norm linalg_vector_norm softmax log_softmax count_nonzero
-cumprod cummax sort argsort topk max_pool2d avg_pool2d avg_pool1d adaptive_max_pool2d"""
-MOVES = """cat stack hstack vstack split split_with_sizes chunk tensor_split unbind expand expand_as repeat repeat_interleave tile reshape reshape_as
-view view_as flatten unflatten squeeze unsqueeze t numpy_T mT transpose swapaxes permute movedim moveaxis select narrow slice index index_select index_put
-gather scatter take_along_dim roll flip pad constant_pad_nd reflection_pad2d unfold im2col col2im meshgrid diagonal diag tril triu nonzero contiguous clone
-copy detach alias to type_as lift_fresh real imag view_as_real view_as_complex complex conj resolve_conj pixel_shuffle pixel_unshuffle channel_shuffle"""
-MAKERS = """empty empty_like new_empty zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill zero arange linspace eye
-scalar_tensor rand rand_like randn normal uniform bernoulli size numel Int Float Bool ScalarImplicit Implicit is_floating_point"""
+ELEMENTWISE = """add sub rsub div neg abs pow square sqrt rsqrt exp log sin cos reciprocal addcmul
+addcdiv lerp where floor ceil round sign remainder floor_divide relu relu6 gelu silu sigmoid tanh
+softplus mish elu selu leaky_relu prelu hardtanh hardswish hardsigmoid clamp clamp_min clamp_max dropout
+feature_dropout masked_fill lt le gt ge eq ne logical_not logical_and logical_or bitwise_not bitwise_and
+bitwise_or __and__ __or__"""
+REDUCTIONS = """sum mean var std var_mean amax amin max min argmax any all cumsum norm linalg_vector_norm
+softmax log_softmax count_nonzero cumprod cummax sort argsort topk max_pool2d avg_pool2d avg_pool1d
+adaptive_max_pool2d"""
+MOVES = """cat stack hstack vstack split split_with_sizes chunk tensor_split unbind expand expand_as
+repeat repeat_interleave tile reshape reshape_as view view_as flatten unflatten squeeze unsqueeze t
+numpy_T mT transpose swapaxes permute movedim moveaxis select narrow slice index index_select index_put
+gather scatter take_along_dim roll flip pad constant_pad_nd reflection_pad2d unfold im2col col2im
+meshgrid diagonal diag tril triu nonzero contiguous clone copy detach alias to type_as lift_fresh real
+imag view_as_real view_as_complex complex conj resolve_conj pixel_shuffle pixel_unshuffle channel_shuffle"""
+MAKERS = """empty empty_like new_empty zeros zeros_like new_zeros ones ones_like new_ones full full_like
+new_full fill zero arange linspace eye scalar_tensor rand rand_like randn normal uniform bernoulli size
+numel Int Float Bool ScalarImplicit Implicit is_floating_point"""
 FREE = set()  # operators with nothing to count, by convention
-for name in ' '.join((ELEMENTWISE, REDUCTIONS, MOVES, MAKERS)).split(): FREE |= {f'aten::{name}', f'aten::{name}_'}
+for name in ' '.join((ELEMENTWISE, REDUCTIONS, MOVES, MAKERS)).split():
+    FREE |= {f'aten::{name}', f'aten::{name}_'}
 
 # %% ../../nbs/models/11_cost.ipynb #2303dfe0
 def unknown(
@@ -155,7 +168,8 @@ def unknown(
 ) -> ValueError:
     "The complaint about operators that no rule covers."
     return ValueError(f'no rule for {", ".join(sorted(kinds))}, which would be counted as nothing; '
-                      'give each a rule in vitdynconv.models.cost.operators, or enter it in FREE if it does no work')
+                      'give each a rule in vitdynconv.models.cost.operators, or enter it in FREE if it '
+                      'does no work')
 
 def score(
     kind: str,   # name of the operator, a key of `rules`
@@ -189,14 +203,16 @@ def analyse(
     image: Tensor,      # (b, c, h, w)
     layernorm: int = 5, # multiply-adds LayerNorm is charged with, per element
 ) -> dict[str, Counter]: # module -> (quantity, operator) -> count
-    "Run a model once and score what each of its modules did. Raises ValueError naming any operator that has no rule."
+    """Run a model once and score what each of its modules did. Raises ValueError naming any operator that has
+    no rule."""
     rules = operators(layernorm)
     analysis = quiet(JitModelAnalysis(model, image))
     analysis.set_op_handle(**{kind: None for kind in FREE if kind not in rules})
     analysis.set_op_handle(**{kind: partial(scored, kind=kind, rules=rules) for kind in rules})
     analysis.total()
     opaque = [kind for kind in analysis.unsupported_ops() if kind.startswith('prim::PythonOp')]
-    if opaque: analysis.set_op_handle(**{kind: partial(scored_inside, rules=rules) for kind in opaque}).total()
+    if opaque:
+        analysis.set_op_handle(**{kind: partial(scored_inside, rules=rules) for kind in opaque}).total()
     if analysis.unsupported_ops(): raise unknown(analysis.unsupported_ops())
     return analysis.by_module_and_operator()
 
@@ -223,11 +239,15 @@ def merged_attention(
     mask: Tensor | None = None,             # bool: True where a kernel is selected
     position=None,                          # `RelativePosition`
 ) -> Tensor:                                # (..., h, n, d)
-    "Figure 5, literally: `Q (K'V)`, plus `B V` over the patches. What is not linear, or selects by a mask, stays two convolutions."
-    if getattr(activation, 'family', None) != 'linear' or activation.scale == 'num_kernels' or mask is not None or bias is not None: return attention(q, k, v, activation, bias, mask, position)
+    """Figure 5, literally: `Q (K'V)`, plus `B V` over the patches. What is not linear, or selects by a mask,
+    stays two convolutions."""
+    if getattr(activation, 'family',
+               None) != 'linear' or activation.scale == 'num_kernels' or mask is not None or bias is not None:
+        return attention(q, k, v, activation, bias, mask, position)
     out = activation.factor * q @ (k.transpose(-2, -1) @ v)
     if position is None: return out
-    first = position.num_prefix_tokens                                  # class and register tokens carry no bias
+    # class and register tokens carry no bias
+    first = position.num_prefix_tokens
     return out + nn.functional.pad(position.bias()[:, first:, first:] @ v[..., first:, :], (0, 0, first, 0))
 
 # %% ../../nbs/models/11_cost.ipynb #f61e9a1c
@@ -259,7 +279,8 @@ def head_names(
     "The classifiers of a model. One that names none has none to leave out."
     if not hasattr(model, 'get_classifier'): return []
     head = model.get_classifier()
-    heads = [head] if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList) else list(head or ())
+    heads = ([head] if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList)
+             else list(head or ()))
     return [name for name, m in model.named_modules() if any(m is h for h in heads)]
 
 # %% ../../nbs/models/11_cost.ipynb #9aa3d16e
@@ -271,11 +292,15 @@ def image_size(
     config = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     built_for = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
     size = input_size or built_for or config.get('input_size')
-    if size is None: raise ValueError(f'{type(model).__name__} does not say its input size; pass input_size, a side or (c, h, w)')
+    if size is None:
+        raise ValueError(f'{type(model).__name__} does not say its input size; pass input_size, a side '
+                         'or (c, h, w)')
     size = (size, size) if isinstance(size, int) else tuple(size)
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     size = size if len(size) == 3 else (channels, *size)
-    if len(size) != 3 or min(size) < 1: raise ValueError(f'input_size={input_size!r} is no image; give a side, (h, w) or (c, h, w), all above 0')
+    if len(size) != 3 or min(size) < 1:
+        raise ValueError(f'input_size={input_size!r} is no image; give a side, (h, w) or (c, h, '
+                         'w), all above 0')
     return size
 
 # %% ../../nbs/models/11_cost.ipynb #f75989c8
@@ -283,7 +308,8 @@ def image_size(
 class Count:
     "What `count` found. Unpacks into GFLOPs, MParams and MActs."
     total: Cost
-    modules: dict[str, Cost]    # by dotted name of the module; '' is the model; a module includes its children
+    # by dotted name of the module; '' is the model; a module includes its children
+    modules: dict[str, Cost]
     operators: dict[str, Cost]  # by operator, without 'aten::'
 
     @property
@@ -303,17 +329,21 @@ def count(
     layernorm: int = 5,   # multiply-adds LayerNorm is charged with, per element
     form: str = 'as is',  # how the mixers compute: 'as is', 'literal' or 'merged'
 ) -> Count:               # exact counts for one image, in total, by module and by operator
-    "Run a model on one image and score its operators (section 4.1). ValueError for a size that the model refuses and for operators without a rule."
+    """Run a model on one image and score its operators (section 4.1). ValueError for a size that the model
+    refuses and for operators without a rule."""
     model = model if isinstance(model, nn.Module) else model.model
     size = image_size(model, input_size)
     try: scores = measure(model, size, layernorm, form)
-    except AssertionError as e: raise ValueError(f'the model refuses an image of {size}: {e}; build it for this size (img_size=) or call set_input_size') from e
+    except AssertionError as e:
+        raise ValueError(f'the model refuses an image of {size}: {e}; build it for this size (img_size=) or '
+                         'call set_input_size') from e
     if not head:
         for name in head_names(model): leave_out(scores, name)
     modules = {}
     for name, m in model.named_modules():
         found = scores.get(name, Counter())
-        modules[name] = Cost(total_of('macs', found), sum(p.numel() for p in m.parameters()), total_of('acts', found))
+        modules[name] = Cost(total_of('macs', found), sum(p.numel() for p in m.parameters()),
+                             total_of('acts', found))
     kinds = sorted({operator for _, operator in scores['']})
     operators = {kind: Cost(scores['']['macs', kind], 0, scores['']['acts', kind]) for kind in kinds}
     return Count(modules[''], modules, operators)
@@ -343,7 +373,8 @@ def total_of(quantity: str, found: Counter) -> int:
 def peak_memory(
     run, # a function without arguments
 ) -> int: # bytes
-    "The most memory that a call holds at any moment beyond what was there before, temporaries within operators included (CPU)."
+    """The most memory that a call holds at any moment beyond what was there before, temporaries within
+    operators included (CPU)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler: run()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')

@@ -48,7 +48,8 @@ def grid_in(
     soft = mixer.selection is not None and not mixer.selection.hard
     for name, w in weights.items():
         if soft and name.startswith('selection.'): return grid_like(factor_pairs(w.shape[1] - prefix), grid)
-        if not soft and name.startswith('act.') and w.ndim: return grid_like(factor_pairs(len(w) - prefix), grid)
+        if not soft and name.startswith('act.') and w.ndim:
+            return grid_like(factor_pairs(len(w) - prefix), grid)
 
 # %% ../../nbs/models/07_fitting.ipynb #w005ex
 @torch.no_grad()
@@ -73,12 +74,14 @@ def fits(state: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:
 # %% ../../nbs/models/07_fitting.ipynb #w005ad
 @torch.no_grad()
 def adopt_mixtures(
-    mixer: nn.Module,           # of the new model; changed if its selection mixes to another number of kernels
+    # of the new model; changed if its selection mixes to another number of kernels
+    mixer: nn.Module,
     weights: dict[str, Tensor], # of the file's mixer
 ) -> None:
     "Give a soft selection as many mixtures as the file has, and the activation one entry for each."
     file = weights.get('selection.E')
-    if file is None or not hasattr(mixer.selection, 'E') or file.shape[-1] == mixer.selection.num_kernels: return
+    if file is None or not hasattr(mixer.selection, 'E') or file.shape[-1] == mixer.selection.num_kernels:
+        return
     count = file.shape[-1]
     for name, p in list(mixer.selection.named_parameters()):
         setattr(mixer.selection, name, nn.Parameter(p.new_empty(*p.shape[:2], count), p.requires_grad))
@@ -93,7 +96,8 @@ def with_channels(
     weight: Tensor, # (out, channels, h, w) of a first convolution
     in_chans: int,  # channels wanted
 ) -> Tensor:        # (out, in_chans, h, w)
-    "Adapt a first convolution to images of other channels, by timm's rule for three; others are averaged and shared out."
+    """Adapt a first convolution to images of other channels, by timm's rule for three; others are averaged
+    and shared out."""
     channels = weight.shape[1]
     if channels == in_chans: return weight
     if channels == 3: return adapt_input_conv(in_chans, weight)
@@ -137,7 +141,8 @@ def checkpoint_filter_fn(
     state_dict: dict[str, Tensor], # weights of a finished model of any size
     model: nn.Module,              # the model that shall have them
 ) -> dict[str, Tensor]:            # weights with the model's names and shapes
-    "What timm calls to adapt weights: everything is kept but a head of another size. ValueError, naming the weight, for what does not fit."
+    """What timm calls to adapt weights: everything is kept but a head of another size. ValueError, naming the
+    weight, for what does not fit."""
     state = state_dict.get('model', state_dict.get('state_dict', state_dict))
     check_names(state, model)
     adapted = without_heads(state, model)
@@ -147,7 +152,8 @@ def checkpoint_filter_fn(
         weights = {n.removeprefix(start): w for n, w in adapted.items() if n.startswith(start)}
         adopt_mixtures(mixer, weights)
         try: adapted |= {start + n: w for n, w in on_grid_of(mixer, weights).items()}
-        except RuntimeError as e: raise ValueError(f'{path} of the file does not fit: {" ".join(str(e).split())}') from e
+        except RuntimeError as e:
+            raise ValueError(f'{path} of the file does not fit: {" ".join(str(e).split())}') from e
     return with_shapes(state | adapted, model)
 
 def with_shapes(
@@ -162,7 +168,8 @@ def with_shapes(
         if weight.shape != like.shape and name.startswith(heads): weight = like
         if weight.shape != like.shape: weight = with_shape(name, weight, like, model)
         if weight.shape != like.shape:
-            raise ValueError(f'{name} is {tuple(weight.shape)} in the file and {tuple(like.shape)} in the model; build the model with the sizes that the file was made with')
+            raise ValueError(f'{name} is {tuple(weight.shape)} in the file and {tuple(like.shape)} in the '
+                             'model; build the model with the sizes that the file was made with')
         result[name] = weight
     return result
 
@@ -176,9 +183,13 @@ def check_names(
     missing, unknown = [n for n in own if n not in file], [n for n in file if n not in own]
     if not missing + unknown: return
     reasons = []
-    if missing: reasons.append(f'lacks {missing[0]}' + (f' and {len(missing) - 1} more' if len(missing) > 1 else ''))
-    if unknown: reasons.append(f'has {unknown[0]}' + (f' and {len(unknown) - 1} more' if len(unknown) > 1 else '') + ' that the model lacks')
-    raise ValueError(f'the file {" and ".join(reasons)}; build the model with the settings that the file was made with')
+    if missing:
+        reasons.append(f'lacks {missing[0]}' + (f' and {len(missing) - 1} more' if len(missing) > 1 else ''))
+    if unknown:
+        reasons.append(f'has {unknown[0]}' + (f' and {len(unknown) - 1} more' if len(unknown) > 1 else '')
+                       + ' that the model lacks')
+    raise ValueError(f'the file {" and ".join(reasons)}; build the model with the settings that the file '
+                     'was made with')
 
 def is_finished(model: nn.Module, state: dict[str, Tensor]) -> bool:
     "Has a file the weights of this very model, apart from sizes and classifier?"

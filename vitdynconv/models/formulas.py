@@ -103,7 +103,8 @@ def block_cost(
 ) -> dict[str, Cost]:
     "Everything in a Transformer block but its mixer."
     hidden = int(dim * mlp_ratio)
-    return {'norm': 2 * norm_cost(n, dim, layernorm), 'mlp': linear_cost(n, dim, hidden) + linear_cost(n, hidden, dim)}
+    return {'norm': 2 * norm_cost(n, dim, layernorm),
+            'mlp': linear_cost(n, dim, hidden) + linear_cost(n, hidden, dim)}
 
 # %% ../../nbs/models/12_formulas.ipynb #c98ddcba
 def vit_cost(
@@ -118,10 +119,12 @@ def vit_cost(
     "A ViT under timm's names for its sizes; the defaults are DeiT-S at 224 (section 4.1)."
     side, dim = img_size // patch_size, embed_dim
     patches, tokens = side ** 2, side ** 2 + class_token
-    mixing = mixer_cost((side, side), dim, num_heads, pos=pos, prefix=int(class_token), layernorm=layernorm, **mixer)
+    mixing = mixer_cost((side, side), dim, num_heads, pos=pos, prefix=int(class_token), layernorm=layernorm,
+                        **mixer)
     learned = dim * class_token + tokens * dim * (pos == 'abs')
     ends = {'embedding': linear_cost(patches, in_chans * patch_size ** 2, dim) + Cost(params=learned),
-            'norm': norm_cost(tokens if class_token else 1, dim, layernorm), 'head': head_cost(dim, num_classes, head)}
+            'norm': norm_cost(tokens if class_token else 1, dim, layernorm),
+            'head': head_cost(dim, num_classes, head)}
     return total_cost([ends] + depth * [mixing, block_cost(tokens, dim, mlp_ratio, layernorm)])
 
 def head_cost(dim: int, num_classes: int, counted: bool) -> Cost:
@@ -140,14 +143,17 @@ class SwinStage(NamedTuple):
     shifted: list  # of each block: are its windows shifted, and masked?
 
 def swin_stages(
-    img_size: int = 224, patch_size: int = 4, window_size: int = 7, embed_dim: int = 96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
+    img_size: int = 224, patch_size: int = 4, window_size: int = 7, embed_dim: int = 96, depths=(2, 2, 6, 2),
+    num_heads=(3, 6, 12, 24),
 ) -> list[SwinStage]:
-    "The shapes in a Swin under timm's names for its sizes. A map no larger than a window is one window, and nothing shifts."
+    """The shapes in a Swin under timm's names for its sizes. A map no larger than a window is one window, and
+    nothing shifts."""
     stages, side = [], img_size // patch_size
     for stage, (depth, heads) in enumerate(zip(depths, num_heads)):
         window = min(window_size, side)
         shifts = side > window_size > 1
-        stages.append(SwinStage(side, embed_dim * 2 ** stage, heads, window, (math.ceil(side / window)) ** 2, [shifts and i % 2 == 1 for i in range(depth)]))
+        stages.append(SwinStage(side, embed_dim * 2 ** stage, heads, window, (math.ceil(side / window)) ** 2,
+                                [shifts and i % 2 == 1 for i in range(depth)]))
         side = (side + 1) // 2                                                # four neighbours become one
     return stages
 
@@ -165,12 +171,14 @@ def swin_cost(
     stages = swin_stages(patch_size=patch_size, **sizes)
     first, last = stages[0], stages[-1]
     n, dim = first.side ** 2, first.dim
-    ends = {'embedding': linear_cost(n, in_chans * patch_size ** 2, dim) + Cost(params=n * dim * (pos == 'abs')),
+    ends = {'embedding': linear_cost(n, in_chans * patch_size ** 2, dim)
+            + Cost(params=n * dim * (pos == 'abs')),
             'norm': norm_cost(n, dim, layernorm) + norm_cost(last.side ** 2, last.dim, layernorm),
             'head': head_cost(last.dim, num_classes, head)}
     parts = [ends] + [merging_cost(stage, layernorm) for stage in stages[1:]]
     for s in stages:
-        settings = dict(activation=activation, kernel=kernel, pos=pos, windows=s.windows, layernorm=layernorm, tables=s.dim if per_channel else None)
+        settings = dict(activation=activation, kernel=kernel, pos=pos, windows=s.windows, layernorm=layernorm,
+                        tables=s.dim if per_channel else None)
         for shifted in s.shifted:
             parts.append(mixer_cost((s.window, s.window), s.dim, s.heads, masked=shifted, **settings))
             parts.append(block_cost(s.side ** 2, s.dim, mlp_ratio, layernorm))
@@ -179,7 +187,8 @@ def swin_cost(
 def merging_cost(stage: SwinStage, layernorm: int) -> dict[str, Cost]:
     "The patch merging in front of a stage: four neighbours become one."
     n = stage.side ** 2
-    return {'norm': norm_cost(n, 2 * stage.dim, layernorm), 'merging': linear_cost(n, 2 * stage.dim, stage.dim, bias=False)}
+    return {'norm': norm_cost(n, 2 * stage.dim, layernorm),
+            'merging': linear_cost(n, 2 * stage.dim, stage.dim, bias=False)}
 
 # %% ../../nbs/models/12_formulas.ipynb #6db69ccd
 SIZES = {  # the paper's networks in timm's names
@@ -193,14 +202,19 @@ def table3_formula(
 ) -> dict[str, Cost]:                                  # part -> cost
     "One row of Table 3 from its sizes alone."
     sizes = SIZES[base]
-    if base.startswith('swin'): return swin_cost(pos, per_channel=(base, kernel) == ('swin_t', 'depthwise'), activation=activation, kernel=kernel, **sizes)
-    return vit_cost(pos=pos, activation=activation, kernel=kernel, merged=activation == 'scaling' and kernel == 'pair', **sizes)
+    if base.startswith('swin'):
+        return swin_cost(pos, per_channel=(base, kernel) == ('swin_t', 'depthwise'), activation=activation,
+                         kernel=kernel, **sizes)
+    return vit_cost(pos=pos, activation=activation, kernel=kernel, merged=activation == 'scaling'
+                    and kernel == 'pair', **sizes)
 
 def table3_count(
     base: str, activation: str, kernel: str, pos: str, # a row of `TABLE3`
 ) -> Count:
-    "One row of Table 3 by building the model, running it in the form that the paper counted, and scoring its operators."
-    return count(paper_model(base, activation, kernel, pos), 224, form='merged' if base.startswith('deit') else 'literal')
+    """One row of Table 3 by building the model, running it in the form that the paper counted, and scoring
+    its operators."""
+    return count(paper_model(base, activation, kernel, pos), 224, form='merged' if base.startswith('deit')
+                 else 'literal')
 
 # %% ../../nbs/models/12_formulas.ipynb #003d6d69
 def einsum_score(
@@ -210,7 +224,8 @@ def einsum_score(
     return math.floor(float(f'{operations:.3e}') / 2)
 
 def deit_corrections(base: str, kernel: str) -> dict[str, Cost]:
-    "The paper's DeiT with relative position: B over 196 patches, not 197 tokens, and its product scored by einsum's report."
+    """The paper's DeiT with relative position: B over 196 patches, not 197 tokens, and its product scored by
+    einsum's report."""
     dim = SIZES[base]['embed_dim']
     tokens, patches, depth = 197, 196, 12
     rounding = einsum_score(2 * patches ** 2 * dim) - patches ** 2 * dim
@@ -228,7 +243,9 @@ def swin_corrections(sizes: dict, kernel: str, mask_product: bool) -> dict[str, 
         entries = s.windows * s.window ** 4                       # weights of one head
         for shifted in s.shifted:
             n = entries * s.dim
-            if shifted: depthwise += einsum_score(3 * n) + einsum_score(2 * n) - 2 * n   # B K with the mask as third operand, and the mean
+            if shifted:
+                # B K with the mask as third operand, and the mean
+                depthwise += einsum_score(3 * n) + einsum_score(2 * n) - 2 * n
             else: depthwise += einsum_score(2 * n) - n
             if shifted: product += Cost(einsum_score(entries * s.heads), 0, entries * s.heads)
     if kernel == 'depthwise': return {'einsum': Cost(depthwise)}
@@ -236,7 +253,8 @@ def swin_corrections(sizes: dict, kernel: str, mask_product: bool) -> dict[str, 
 
 def corrections(
     base: str, activation: str, kernel: str, pos: str, # a row of `TABLE3`
-) -> dict[str, Cost]:                                  # name -> what to add to ours to have what the paper counted
+# name -> what to add to ours to have what the paper counted
+) -> dict[str, Cost]:
     "Where the paper's program did more or less than our definition."
     if activation == 'softmax' or pos == 'abs': return {}
     if base.startswith('deit'): return deit_corrections(base, kernel)
@@ -244,14 +262,19 @@ def corrections(
 
 # %% ../../nbs/models/12_formulas.ipynb #93ccd1f9
 def table3() -> list[dict]: # one dictionary per row
-    "Table 3: measured, corrected, and as the paper prints it. RuntimeError if a row's formula and measurement differ."
+    """Table 3: measured, corrected, and as the paper prints it. RuntimeError if a row's formula and
+    measurement differ."""
     rows = []
     for paper in TABLE3:
         which = {name: paper[name] for name in ('base', 'activation', 'kernel', 'pos')}
         ours, named = table3_count(**which).total, corrections(**which)
-        if ours != sum(table3_formula(**which).values(), Cost()): raise RuntimeError(f'formula and measurement of {which} differ')
+        if ours != sum(table3_formula(**which).values(), Cost()):
+            raise RuntimeError(f'formula and measurement of {which} differ')
         corrected = sum(named.values(), ours)
-        row = which | dict(gflops=ours.gflops, mparams=ours.mparams, macts=ours.macts, correction='; '.join(named))
-        row |= dict(gflops_reconciled=corrected.gflops, mparams_reconciled=corrected.mparams, macts_reconciled=corrected.macts)
-        rows.append(row | dict(paper_gflops=paper['gflops'], paper_mparams=paper['mparams'], paper_macts=paper['macts']))
+        row = which | dict(gflops=ours.gflops, mparams=ours.mparams, macts=ours.macts,
+                           correction='; '.join(named))
+        row |= dict(gflops_reconciled=corrected.gflops, mparams_reconciled=corrected.mparams,
+                    macts_reconciled=corrected.macts)
+        rows.append(row | dict(paper_gflops=paper['gflops'], paper_mparams=paper['mparams'],
+                               paper_macts=paper['macts']))
     return rows

@@ -32,14 +32,16 @@ def assemble(
     checkpoint: str | Path | None = None, # or with those of a file
     **kwargs,                             # timm's
 ) -> nn.Module:                           # the model
-    "Base, weights, operation. ValueError for a file that holds the weights of neither the finished model nor the base."
+    """Base, weights, operation. ValueError for a file that holds the weights of neither the finished model
+    nor the base."""
     if checkpoint is None: return operation(body(base, pretrained=pretrained, **kwargs))
     state, model = read_weights(checkpoint), operation(body(base, **kwargs))
     try:
         if not is_finished(model, state): return operation(body(base, checkpoint=checkpoint, **kwargs))
         model.load_state_dict(checkpoint_filter_fn(state, model))
         return model
-    except ValueError as e: raise ValueError(f'{checkpoint} does not fit {base!r}: {unlike(model, state)}{e}') from e
+    except ValueError as e:
+        raise ValueError(f'{checkpoint} does not fit {base!r}: {unlike(model, state)}{e}') from e
 
 def unlike(model: nn.Module, state: dict) -> str:
     "Why a file is not the finished model's, for an error."
@@ -83,7 +85,8 @@ def body(
     return model
 
 # %% ../../nbs/models/10_registry.ipynb #c29b4bb8
-MIXER_OPTIONS = 'kernel_size', 'selection_options'  # arguments of the mixers that a name takes, besides the fields of `Settings`
+# arguments of the mixers that a name takes, besides the fields of `Settings`
+MIXER_OPTIONS = 'kernel_size', 'selection_options'
 
 def operation_for(
     system: str | None, # a key of `SYSTEMS`, or None for attention
@@ -122,8 +125,11 @@ def build(
 # %% ../../nbs/models/10_registry.ipynb #ff29c323
 def weight_source(
     kwargs: dict, # arguments for timm
-) -> tuple:       # what says where the base's weights are; is it a published model with weights of its own?; a local file named there
-    "Where pretrained weights come from. A whole configuration belongs to a published model, as from 'local-dir:' and 'hf-hub:'."
+# what says where the base's weights are; is it a published model with weights of its own?; a local file named
+# there
+) -> tuple:
+    """Where pretrained weights come from. A whole configuration belongs to a published model, as from
+    'local-dir:' and 'hf-hub:'."""
     names = 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'
     source = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     config = source.get('pretrained_cfg', '')
@@ -138,7 +144,8 @@ SIZES = 'tiny', 'small', 'base', 'large'
 BASES = [f'deit_{size}_patch16_224' for size in SIZES[:3]] + ['deit_base_patch16_384']
 BASES += [f'vit_{size}_patch16_{pixels}' for size in SIZES for pixels in (224, 384)]
 BASES += ['vit_small_patch32_224', 'vit_base_patch32_224', 'vit_base_patch8_224', 'vit_huge_patch14_224']
-BASES += [f'swin_{size}_patch4_window7_224' for size in SIZES] + [f'swin_{size}_patch4_window12_384' for size in SIZES[2:]]
+BASES += ([f'swin_{size}_patch4_window7_224' for size in SIZES]
+          + [f'swin_{size}_patch4_window12_384' for size in SIZES[2:]])
 BASES += ['convnext_atto', 'convnext_tiny', 'convnext_small', 'convnext_base']
 
 BODIES = [f'deit_{size}_patch16_224' for size in SIZES[:3]]  # of the other systems
@@ -166,7 +173,8 @@ def pretrained_configurations(
     "The base's pretrained configurations, its default first, under another name."
     if base in OWN: return generate_default_cfgs({name: OWN_CONFIGURATION})
     default = timm.models.get_pretrained_cfg(base)
-    if not weights: return generate_default_cfgs({name: dataclasses.replace(default, url='', hf_hub_id=None, tag=None)})
+    if not weights:
+        return generate_default_cfgs({name: dataclasses.replace(default, url='', hf_hub_id=None, tag=None)})
     configs = [default]
     for tagged in timm.list_pretrained(f'{base}.*'):
         if tagged.partition('.')[0] == base: configs.append(timm.models.get_pretrained_cfg(tagged))
@@ -202,26 +210,32 @@ for base in BODIES:
 
 # %% ../../nbs/models/10_registry.ipynb #c62194ba
 def create_model(
-    name: str,                               # timm's name of the body, with or without 'vdc_'; or 'dconv_...', 'ddwconv_...', 'linformer_...'
+    # timm's name of the body, with or without 'vdc_'; or 'dconv_...', 'ddwconv_...', 'linformer_...'
+    name: str,
     activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module
     kernel: str | None = None,               # 'pair', or 'depthwise' for Eq. 5; None: what the name stands for, 'pair' if nothing
     pos: str | None = None,                  # 'abs', 'rel' or 'none'; None: as the base has it
     class_token: bool | None = None,         # False: global average pooling; None: as the base has it
     pretrained: bool = False,                # convert the weights that timm publishes for the base
     checkpoint: str | Path | None = None,    # or those in a file: the base's, or the finished model's
-    **timm_kwargs,                           # timm's own: `num_classes`, `img_size`, `drop_path_rate`, `features_only`, ...; further settings of `convert`, such as `selection`
+    # timm's own: `num_classes`, `img_size`, `drop_path_rate`, `features_only`, ...; further settings of
+    # `convert`, such as `selection`
+    **timm_kwargs,
 ) -> nn.Module:                              # the model, with the report of its conversion in `conversion`
-    "Any network of the paper by its settings. ValueError for an unknown name, with close ones, or for what cannot be converted."
+    """Any network of the paper by its settings. ValueError for an unknown name, with close ones, or for what
+    cannot be converted."""
     name, dot, tag = name.removeprefix('vdc_').partition('.')
     if not timm.is_model(f'vdc_{name}'): register_other(name)
     settings = dict(activation=activation, pos=pos, class_token=class_token, checkpoint=checkpoint)
     if kernel is not None: settings['kernel'] = kernel
     model = timm.create_model(f'vdc_{name}{dot}{tag}', pretrained=pretrained, **settings, **timm_kwargs)
-    vars(model).get('_model_args', {}).pop('checkpoint', None)   # timm publishes these arguments with a model, and a local path means nothing elsewhere
+    # timm publishes these arguments with a model, and a local path means nothing elsewhere
+    vars(model).get('_model_args', {}).pop('checkpoint', None)
     return model
 
 def register_other(name: str) -> None:
-    "Enter another of timm's models, if it can be converted. ValueError if it is unknown, with close names, or cannot be."
+    """Enter another of timm's models, if it can be converted. ValueError if it is unknown, with close names,
+    or cannot be."""
     if not timm.is_model(name):
         close = close_names(name, [n.removeprefix('vdc_') for n in timm.list_models('vdc_*')])
         raise ValueError(f'unknown model {name!r}; did you mean {" or ".join(close)}?')
@@ -237,7 +251,9 @@ def paper_model(
     class_token: bool | None = None, # None: as the body has it
     **timm_kwargs,                   # as for `create_model`
 ) -> nn.Module:                      # the network
-    "A row of Tables 2 and 3. Depth-wise Swin-T has one position table per channel, which its printed size shows; all others have one per head."
-    if base not in PAPER_BASES: raise ValueError(f'unknown base {base!r}; choose one of {", ".join(PAPER_BASES)}')
+    """A row of Tables 2 and 3. Depth-wise Swin-T has one position table per channel, which its printed size
+    shows; all others have one per head."""
+    if base not in PAPER_BASES:
+        raise ValueError(f'unknown base {base!r}; choose one of {", ".join(PAPER_BASES)}')
     if (base, kernel) == ('swin_t', 'depthwise'): timm_kwargs = dict(pos_per='channel') | timm_kwargs
     return create_model(PAPER_BASES[base], activation, kernel, pos, class_token, **timm_kwargs)

@@ -36,7 +36,8 @@ class Weight(NamedTuple):
 # %% ../../nbs/models/06_surgery.ipynb #797b6e63
 @dataclass
 class Conversion:
-    "What `convert` did: the settings and, weight by weight, what it kept, dropped or made new. Prints as a table."
+    """What `convert` did: the settings and, weight by weight, what it kept, dropped or made new. Prints as a
+    table."""
     settings: dict
     weights: list[Weight] = field(default_factory=list)
 
@@ -73,7 +74,8 @@ def report_lines(
 
 # %% ../../nbs/models/06_surgery.ipynb #eec602a4
 REASONS = {  # end of a weight's name -> why it is dropped or new
-    'cls_token': 'class token', 'relative_position_bias_table': 'relative position', 'pos_embed': 'absolute position',
+    'cls_token': 'class token', 'relative_position_bias_table': 'relative position',
+           'pos_embed': 'absolute position',
     'act.weight': 'one entry per kernel', 'act.bias': 'one entry per kernel'}
 
 def reason_for(name: str) -> str:
@@ -84,14 +86,16 @@ def reason_for(name: str) -> str:
 
 def is_same(a: Tensor, b: Tensor) -> bool:
     "Are these two weights, one before and one after, the same?"
-    if not isinstance(a, Tensor): return type(a) is type(b)      # packed weights of a quantised layer, which moves as a whole
+    if not isinstance(a, Tensor):
+        return type(a) is type(b)      # packed weights of a quantised layer, which moves as a whole
     return a.shape == b.shape and (b.is_meta or torch.equal(a.to(b), b))
 
 # %% ../../nbs/models/06_surgery.ipynb #eec602a5
 def compare(
     before: dict[str, Tensor],         # state dict of the old model
     after: dict[str, Tensor],          # state dict of the new one
-    moved: dict[str, tuple[str, str]], # new name -> (old name, what happened), for weights that changed name or shape
+    # new name -> (old name, what happened), for weights that changed name or shape
+    moved: dict[str, tuple[str, str]],
 ) -> list[Weight]:                     # one per weight, the new model's first
     "The fate of every weight: kept if it is in both models, with its values or as `moved` says."
     rows, used = [], set()
@@ -112,28 +116,39 @@ def shape_of(w) -> tuple:
 @dataclass
 class Settings:
     "What `convert` shall exchange. The defaults leave everything as the model has it."
-    activation: str | nn.Module = 'softmax' # a name in `ACTIVATIONS`, or a module, of which every block gets a copy
+    # a name in `ACTIVATIONS`, or a module, of which every block gets a copy
+    activation: str | nn.Module = 'softmax'
     kernel: str = 'pair'                    # 'pair', or 'depthwise' for Eq. 5, which has no activation
     pos: str | None = None                  # 'abs', 'rel' or 'none'; None: as the model has it
     class_token: bool | None = None         # False: global average pooling; None: as the model has it
-    pos_per: str = 'head'                   # depth-wise with relative position: one table per 'head' or per 'channel'
-    selection: object = None                # a name in `SELECTIONS`, or an object, of which every block gets a copy
-    backend: Callable | None = None         # how the mixers are computed; None: by the fastest evaluation known
+    # depth-wise with relative position: one table per 'head' or per 'channel'
+    pos_per: str = 'head'
+    # a name in `SELECTIONS`, or an object, of which every block gets a copy
+    selection: object = None
+    # how the mixers are computed; None: by the fastest evaluation known
+    backend: Callable | None = None
     activation_options: dict | None = None  # the activation's own options, such as dict(scale='num_kernels')
-    mixer_options: dict = field(default_factory=dict) # further arguments of the mixer, such as dict(kernel_size=3)
+    # further arguments of the mixer, such as dict(kernel_size=3)
+    mixer_options: dict = field(default_factory=dict)
 
     def check(self) -> None:
-        "Refuse values that do not exist or go together, whatever the model, with the valid ones and the way out."
-        valid = dict(kernel=('pair', 'depthwise'), pos=(None, 'abs', 'rel', 'none'), class_token=(None, True, False), pos_per=('head', 'channel'))
+        """Refuse values that do not exist or go together, whatever the model, with the valid ones and the way
+        out."""
+        valid = dict(kernel=('pair', 'depthwise'), pos=(None, 'abs', 'rel', 'none'),
+                     class_token=(None, True, False), pos_per=('head', 'channel'))
         for name, choices in valid.items():
             value = getattr(self, name)
-            if value not in choices: raise ValueError(f'unknown {name}={value!r}; choose one of {", ".join(map(repr, choices))}')
-        if isinstance(self.activation, str): create_activation(self.activation, num_kernels=1, head_dim=1, **self.activation_options or {})
+            if value not in choices:
+                raise ValueError(f'unknown {name}={value!r}; choose one of {", ".join(map(repr, choices))}')
+        if isinstance(self.activation, str):
+            create_activation(self.activation, num_kernels=1, head_dim=1, **self.activation_options or {})
         if isinstance(self.selection, str): create_selection(self.selection, (8, 8))
         if self.kernel == 'depthwise' and self.activation not in ('softmax', 'scaling'):
-            raise ValueError(f"activation={self.activation!r} has no place in a depth-wise kernel, which is a mean (Eq. 5); leave activation out, or call it 'scaling' as Table 3 does")
+            raise ValueError(f"activation={self.activation!r} has no place in a depth-wise kernel, which is "
+                             "a mean (Eq. 5); leave activation out, or call it 'scaling' as Table 3 does")
         if self.kernel == 'pair' and self.pos_per == 'channel':
-            raise ValueError("pos_per='channel' needs kernel='depthwise'; with a pair of dense kernels a table belongs to a head")
+            raise ValueError("pos_per='channel' needs kernel='depthwise'; with a pair of dense kernels a "
+                             "table belongs to a head")
 
 # %% ../../nbs/models/06_surgery.ipynb #sur1se3
 def check_model(
@@ -144,16 +159,24 @@ def check_model(
     kind = type(backbone.model).__name__
     if settings.pos not in backbone.positions or settings.class_token not in backbone.class_tokens:
         if type(backbone) is Backbone:
-            raise ValueError(f'pos={settings.pos!r} and class_token={settings.class_token} need a model whose grid is known; {kind} is none, so leave them out or take a ViT, DeiT, Swin or ConvNeXt')
-        if settings.class_token not in backbone.class_tokens: raise ValueError(f'class_token={settings.class_token} does not fit {kind}, which has no class token; leave it out')
-        raise ValueError(f'pos={settings.pos!r} does not fit {kind}; choose one of {", ".join(map(repr, backbone.positions))}')
+            raise ValueError(f'pos={settings.pos!r} and class_token={settings.class_token} need a model '
+                             f'whose grid is known; {kind} is none, so leave them out or take a ViT, DeiT, '
+                             'Swin or ConvNeXt')
+        if settings.class_token not in backbone.class_tokens:
+            raise ValueError(f'class_token={settings.class_token} does not fit {kind}, which has no class '
+                             'token; leave it out')
+        raise ValueError(f'pos={settings.pos!r} does not fit {kind}; choose one of '
+                         f'{", ".join(map(repr, backbone.positions))}')
     drops_tokens = type(getattr(backbone.model, 'patch_drop', None)).__name__ == 'PatchDropout'
     if drops_tokens and (settings.pos == 'rel' or has_weights_per_kernel(settings)):
-        raise ValueError(f'patch_drop_rate leaves out tokens, but pos={settings.pos!r} and activation={settings.activation!r} have parameters tied to places; build the model with patch_drop_rate=0')
+        raise ValueError(f'patch_drop_rate leaves out tokens, but pos={settings.pos!r} and '
+                         f'activation={settings.activation!r} have parameters tied to places; build the '
+                         'model with patch_drop_rate=0')
 
 def has_weights_per_kernel(settings: Settings) -> bool:
     "Has the activation parameters with one entry per kernel?"
-    act = create_activation(settings.activation, num_kernels=1, head_dim=1, **settings.activation_options or {})
+    act = create_activation(settings.activation, num_kernels=1, head_dim=1, **settings.activation_options
+                            or {})
     return any(True for _ in act.parameters())
 
 # %% ../../nbs/models/06_surgery.ipynb #sur2ex1
@@ -168,18 +191,25 @@ def make_mixer(
     settings = dict(pos='rel' if relative else None) | wanted.mixer_options
     if wanted.backend: settings['backend'] = wanted.backend
     if wanted.selection is not None: settings['selection'] = copy.deepcopy(wanted.selection)
-    if wanted.kernel == 'depthwise': cls, settings = DepthwiseSelfAttention, settings | dict(pos_per=wanted.pos_per)
-    else: cls, settings = DynamicConvAttention, settings | dict(activation=copy.deepcopy(wanted.activation), activation_options=wanted.activation_options)
+    if wanted.kernel == 'depthwise':
+        cls, settings = DepthwiseSelfAttention, settings | dict(pos_per=wanted.pos_per)
+    else:
+        cls = DynamicConvAttention
+        settings = (settings | dict(activation=copy.deepcopy(wanted.activation),
+                                    activation_options=wanted.activation_options))
     try: return backbone.make(place, cls, **settings)
-    except TypeError as e: raise ValueError(f'{cls.__name__} does not take {", ".join(wanted.mixer_options)}: {e}') from e
+    except TypeError as e:
+        raise ValueError(f'{cls.__name__} does not take {", ".join(wanted.mixer_options)}: {e}') from e
     except ValueError as e: raise ValueError(f'{place.path}: {e}') from e
 
 # %% ../../nbs/models/06_surgery.ipynb #sur2ex2
 def exchange_mixers(
     backbone: Backbone, # of a copy; changed in place
-    exchange: Callable, # called with the place of each mixer: puts a new one there, returns it with the weights that moved
+    # called with the place of each mixer: puts a new one there, returns it with the weights that moved
+    exchange: Callable,
 ) -> dict:              # the weights that moved, under their full names
-    "Exchange every mixer once; a mixer that stands in several places is replaced by one new one in all of them."
+    """Exchange every mixer once; a mixer that stands in several places is replaced by one new one in all of
+    them."""
     moved, done = {}, {}
     for path, old in backbone.mixers().items():
         if id(old) in done:
@@ -208,20 +238,24 @@ def tie_again(
     new_names = {source: name for name, (source, _) in moved.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for group in groups:
-        first, *others = [name for name in (new_names.get(old, old) for old in group) if name in parameters]  or [None]
+        first, *others = [name for name in (new_names.get(old, old) for old in group)
+                          if name in parameters]  or [None]
         for name in others:
             path, _, attribute = name.rpartition('.')
-            if parameters[name].shape == parameters[first].shape: setattr(model.get_submodule(path), attribute, parameters[first])
+            if parameters[name].shape == parameters[first].shape:
+                setattr(model.get_submodule(path), attribute, parameters[first])
 
 # %% ../../nbs/models/06_surgery.ipynb #e343f92c
 def operate(
     model: nn.Module,                # it is not changed
-    exchange: Callable,              # (backbone, place) -> weights that moved: puts a new mixer at a place of the copy
+    # (backbone, place) -> weights that moved: puts a new mixer at a place of the copy
+    exchange: Callable,
     pos: str | None = None,          # as in `Settings`
     class_token: bool | None = None, # as in `Settings`
     **settings,                      # for the report
 ) -> nn.Module:                      # the new model, with its report in `conversion`
-    "The frame of every operation: copy, class token, position, mixers, report. Weights that were frozen stay so."
+    """The frame of every operation: copy, class token, position, mixers, report. Weights that were frozen
+    stay so."""
     backbone_of(model).mixers()      # refuses before anything is copied
     backbone = backbone_of(model).copied()
     new = backbone.model
@@ -229,7 +263,8 @@ def operate(
     if pos is not None: backbone.set_position(pos)
     moved |= exchange_mixers(backbone, lambda place: exchange(backbone, place))
     tie_again(new, tied_names(model), moved)
-    new.conversion = Conversion(settings | dict(pos=pos, class_token=class_token), compare(model.state_dict(), new.state_dict(), moved))
+    new.conversion = Conversion(settings | dict(pos=pos, class_token=class_token),
+                                compare(model.state_dict(), new.state_dict(), moved))
     freeze_again(model, new)
     return new
 
@@ -237,19 +272,26 @@ def freeze_again(model: nn.Module, new: nn.Module) -> None:
     "Kept weights that were frozen stay frozen."
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     for w in new.conversion.weights:
-        if w.fate == 'kept' and (w.source or w.name) in frozen: new.get_parameter(w.name).requires_grad_(False)
+        if w.fate == 'kept' and (w.source or w.name) in frozen:
+            new.get_parameter(w.name).requires_grad_(False)
 
 # %% ../../nbs/models/06_surgery.ipynb #21d4ad64
 def convert(
-    model: nn.Module,                        # a ViT, DeiT, Swin or ConvNeXt of timm's, or one converted before; it is not changed
-    activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module, of which every block gets a copy
+    # a ViT, DeiT, Swin or ConvNeXt of timm's, or one converted before; it is not changed
+    model: nn.Module,
+    # a name in `ACTIVATIONS`, or a module, of which every block gets a copy
+    activation: str | nn.Module = 'softmax',
     kernel: str = 'pair',                    # 'pair', or 'depthwise' for Eq. 5, which has no activation
     pos: str | None = None,                  # 'abs', 'rel' or 'none'; None: as the model has it
     class_token: bool | None = None,         # False: global average pooling; None: as the model has it
-    **settings,                              # more of `Settings`: `selection`, `pos_per`, `backend`, `activation_options`; or arguments of the mixer
-) -> nn.Module:                              # the new model; its attribute `conversion` says what became of each weight
-    "Exchange activation, kernel type, position, pooling and selection. Softmax conversions compute what the model computed. ValueError, naming the module, for models with another attention."
-    wanted = settings_from(dict(activation=activation, kernel=kernel, pos=pos, class_token=class_token) | settings)
+    # more of `Settings`: `selection`, `pos_per`, `backend`, `activation_options`; or arguments of the mixer
+    **settings,
+# the new model; its attribute `conversion` says what became of each weight
+) -> nn.Module:
+    """Exchange activation, kernel type, position, pooling and selection. Softmax conversions compute what the
+    model computed. ValueError, naming the module, for models with another attention."""
+    wanted = settings_from(dict(activation=activation, kernel=kernel, pos=pos, class_token=class_token)
+                           | settings)
     wanted.check()
     check_model(wanted, backbone_of(model))
 
@@ -293,7 +335,8 @@ def why_not_timms(
 def to_timm(
     model: nn.Module, # a model from `convert`; it is not changed
 ) -> nn.Module:       # a model of timm's own class, with timm's own modules
-    "The inverse of `convert`, for what timm can express. ValueError, naming the module and the reason, for the rest."
+    """The inverse of `convert`, for what timm can express. ValueError, naming the module and the reason, for
+    the rest."""
     old = backbone_of(model)
     reasons = why_not_timms(old)
     if reasons:
@@ -309,5 +352,6 @@ def to_timm(
 
 def put_timms(backbone: Backbone, place: Place) -> dict:
     "Put timm's own module at the place of a mixer."
-    if isinstance(place.mixer, DynamicConvAttention): set_module(backbone.model, place.path, backbone.timm_mixer(place.mixer))
+    if isinstance(place.mixer, DynamicConvAttention):
+        set_module(backbone.model, place.path, backbone.timm_mixer(place.mixer))
     return {}

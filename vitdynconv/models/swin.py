@@ -16,7 +16,8 @@ from torch import nn, Tensor
 from ..layers.attention import DynamicConvAttention
 from ..tools.compat import private_hooks
 from .adapter import Backbone, Converted, Place, moved_layers, rebuilt, set_module
-from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
+# timm looks for it in the module of a model's class
+from .fitting import checkpoint_filter_fn
 
 # %% ../../nbs/models/03_swin.ipynb #bb009wi
 def to_windows(
@@ -98,12 +99,14 @@ class DynamicConvSwin(Converted, SwinTransformer):
 
 # %% ../../nbs/models/03_swin.ipynb #bb011ex
 class PositionedPatchEmbed(PatchEmbed):
-    "timm's patch embedding with an absolute position embedding behind it, `pos_embed` (1, H, W, C): what *Abs* means for Swin in Table 2."
+    """timm's patch embedding with an absolute position embedding behind it, `pos_embed` (1, H, W, C): what
+    *Abs* means for Swin in Table 2."""
     @torch.no_grad()
     def add_position(self) -> None:
         "Start the embedding as timm starts those of ViT."
         weight = self.proj.weight
-        self.pos_embed = nn.Parameter(trunc_normal_(weight.new_empty(1, *self.grid_size, weight.shape[0]), std=.02))
+        self.pos_embed = nn.Parameter(trunc_normal_(weight.new_empty(1, *self.grid_size, weight.shape[0]),
+                                                    std=.02))
 
     def set_input_size(self, img_size=None, patch_size=None):
         "timm's, and the embedding is resampled to the new grid."
@@ -135,7 +138,8 @@ class SwinBackbone(Backbone):
     def place(self, path):
         block = self.block_of(path)
         whole = isinstance(block, WholeMapBlock)
-        return Place(path, block.attn, block.input_resolution if whole else block.window_size, 0, block.input_resolution)
+        return Place(path, block.attn, block.input_resolution if whole else block.window_size, 0,
+                     block.input_resolution)
 
     def put_whole(self, place: Place, mixer: nn.Module) -> None:
         "Place a mixer of the tokens of a whole map."
@@ -181,7 +185,8 @@ def set_position(self: SwinBackbone, pos: str) -> None:
     positioned = isinstance(embed, PositionedPatchEmbed)
     if pos == 'abs' and not positioned:
         if type(embed) is not PatchEmbed:
-            raise ValueError(f"pos='abs' goes behind timm's PatchEmbed, but this model has {type(embed).__name__}; choose pos='rel' or 'none'")
+            raise ValueError("pos='abs' goes behind timm's PatchEmbed, but this model has "
+                             f"{type(embed).__name__}; choose pos='rel' or 'none'")
         self.model.patch_embed = rebuilt(embed, PositionedPatchEmbed)
         self.model.patch_embed.add_position()
     if pos != 'abs' and positioned:
@@ -190,8 +195,10 @@ def set_position(self: SwinBackbone, pos: str) -> None:
 
 @patch
 def why_not_timms(self: SwinBackbone) -> str | None:
-    if any(isinstance(block, WholeMapBlock) for block in self.find_blocks().values()): return 'its blocks have no windows'
-    if isinstance(self.model.patch_embed, PositionedPatchEmbed): return "patch_embed adds an absolute position, for which timm's Swin has no place"
+    if any(isinstance(block, WholeMapBlock) for block in self.find_blocks().values()):
+        return 'its blocks have no windows'
+    if isinstance(self.model.patch_embed, PositionedPatchEmbed):
+        return "patch_embed adds an absolute position, for which timm's Swin has no place"
 
 @patch
 def timm_mixer(self: SwinBackbone, mixer: DynamicConvAttention) -> nn.Module:
@@ -199,7 +206,8 @@ def timm_mixer(self: SwinBackbone, mixer: DynamicConvAttention) -> nn.Module:
     inner = mixer.num_heads * mixer.head_dim
     width = {} if inner == mixer.dim else dict(head_dim=mixer.head_dim)
     like = next(mixer.parameters())
-    new = WindowAttention(mixer.dim, mixer.num_heads, window_size=mixer.grid_size, attn_drop=mixer.attn_drop.p, proj_drop=mixer.proj_drop.p, **width).to(like)
+    new = WindowAttention(mixer.dim, mixer.num_heads, window_size=mixer.grid_size,
+                          attn_drop=mixer.attn_drop.p, proj_drop=mixer.proj_drop.p, **width).to(like)
     table = mixer.relative_position_bias_table
     if table is None: nn.init.zeros_(new.relative_position_bias_table)
     else: new.relative_position_bias_table = nn.Parameter(table.detach().clone(), table.requires_grad)

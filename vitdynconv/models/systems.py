@@ -35,15 +35,19 @@ class Linformer:
     def replace(self, backbone: Backbone, place: Place) -> dict:
         "Put the mixer at a place; returns the weights that moved."
         grid = place.map_grid or place.grid
-        if grid is None: raise ValueError(f'Linformer mixes the kernels of a map of known size, and {type(backbone.model).__name__} does not say its own; pass img_size')
+        if grid is None:
+            raise ValueError('Linformer mixes the kernels of a map of known size, and '
+                             f'{type(backbone.model).__name__} does not say its own; pass img_size')
         prefix = place.num_prefix_tokens
         k = min(self.num_kernels, grid[0] * grid[1] + prefix)
         heads = getattr(place.mixer, 'num_heads', 1)
         selection = ProjectedKernels(grid, k, heads, self.share, prefix)
         whole = Place(place.path, place.mixer, grid, prefix, grid)
-        mixer, moved = backbone.make(whole, DynamicConvAttention, pos=None, num_kernels=k, activation=self.activation, selection=selection)
+        mixer, moved = backbone.make(whole, DynamicConvAttention, pos=None, num_kernels=k,
+                                     activation=self.activation, selection=selection)
         backbone.put_whole(place, like_the_old(mixer, place))
-        return {f'{place.path}.{name}': (f'{place.path}.{source}', note) for name, (source, note) in moved.items()}
+        return {f'{place.path}.{name}': (f'{place.path}.{source}', note)
+                for name, (source, note) in moved.items()}
 
 # %% ../../nbs/models/09_systems.ipynb #ec4d6501
 @dataclass
@@ -51,7 +55,8 @@ class DConv:
     "D-Conv (section 3.3; arXiv 1912.03458): a static bank of kernels, mixed for each image."
     kernel_size: int | None = None # odd; None for 3, or for that of the convolution that it replaces
     num_kernels: int = 4           # M, the size of the static bank
-    temperature: float = 30.       # of the router's softmax, to be annealed: see `vitdynconv.layers.dynconv.anneal`
+    # of the router's softmax, to be annealed: see `vitdynconv.layers.dynconv.anneal`
+    temperature: float = 30.
     maps = True
 
     def replace(self, backbone: Backbone, place: Place) -> dict:
@@ -59,7 +64,8 @@ class DConv:
         dim, old = place.dim, place.mixer
         bank = dict(num_kernels=self.num_kernels, temperature=self.temperature)
         if isinstance(old, nn.Conv2d) and self.kernel_size in (None, old.kernel_size[0]):
-            conv = DynamicConv2d(dim, dim, old.kernel_size, padding=old.padding, dilation=old.dilation, groups=old.groups, bias=old.bias is not None, **bank)
+            conv = DynamicConv2d(dim, dim, old.kernel_size, padding=old.padding, dilation=old.dilation,
+                                 groups=old.groups, bias=old.bias is not None, **bank)
             moved = constant_bank(like_the_old(conv, place), old)
         else:
             k = self.kernel_size or 3
@@ -94,7 +100,8 @@ class DDWConv:
         keeps = depthwise and k == old.kernel_size[0] and self.groups in (None, dim)
         moved = constant_generator(like_the_old(conv, place), old) if keeps else {}
         backbone.put_conv(place, like_the_old(conv, place), static=not depthwise)
-        return {f'{place.path}.{name}': (f'{place.path}.{source}', note) for name, (source, note) in moved.items()}
+        return {f'{place.path}.{name}': (f'{place.path}.{source}', note)
+                for name, (source, note) in moved.items()}
 
 @torch.no_grad()
 def constant_generator(conv: DynamicDepthwiseConv2d, old: nn.Conv2d) -> dict:
@@ -118,7 +125,9 @@ def create_system(
     if name not in SYSTEMS: raise ValueError(f'unknown system {name!r}; choose one of {", ".join(SYSTEMS)}')
     own = [field.name for field in fields(SYSTEMS[name])]
     for option, value in options.items():
-        if option not in own: raise ValueError(f'{option}={value!r} means nothing to {name}; its settings are pos, class_token, {", ".join(own)}')
+        if option not in own:
+            raise ValueError(f'{option}={value!r} means nothing to {name}; its settings are pos, '
+                             f'class_token, {", ".join(own)}')
     return SYSTEMS[name](**options)
 
 # %% ../../nbs/models/09_systems.ipynb #b441a343
@@ -136,7 +145,8 @@ def exchange(
     if wanted.maps and has_tokens: class_token = False
     if not has_tokens: class_token = None
     shown = {name: value for name, value in asdict(wanted).items() if name in options}
-    new = operate(model, lambda backbone, place: wanted.replace(backbone, place), pos, class_token, system=system, **shown)
+    new = operate(model, lambda backbone, place: wanted.replace(backbone, place), pos, class_token,
+                  system=system, **shown)
     return accelerate(new)
 
 # %% ../../nbs/models/09_systems.ipynb #b441a344
@@ -149,12 +159,24 @@ def check_body(
 ) -> None:                     # nothing: raises ValueError
     "Refuse what a system and a body do not have together."
     kind = type(backbone.model).__name__
-    if type(backbone) is Backbone: raise ValueError(f'{system} needs a body whose grid is known, which {kind} is not; take a ViT, DeiT, Swin or ConvNeXt')
-    if pos == 'rel': raise ValueError(f"pos='rel' has one entry per pair of positions, which {system} does not form; choose 'abs' or 'none'")
-    if pos not in backbone.positions: raise ValueError(f'pos={pos!r} does not fit {kind}; choose one of {", ".join(map(repr, backbone.positions))}')
-    if class_token and wanted.maps: raise ValueError('class_token=True: a class token has no place on a map; leave it out')
-    if class_token not in backbone.class_tokens: raise ValueError(f'class_token={class_token}: {kind} has none; leave it out')
-    if wanted.maps and getattr(backbone.model, 'num_reg_tokens', 0): raise ValueError(f'{system} works on a map, where register tokens have no place; take a model without')
+    if type(backbone) is Backbone:
+        raise ValueError(f'{system} needs a body whose grid is known, which {kind} is not; take a ViT, DeiT, '
+                         'Swin or ConvNeXt')
+    if pos == 'rel':
+        raise ValueError(f"pos='rel' has one entry per pair of positions, which {system} does not form; "
+                         "choose 'abs' or 'none'")
+    if pos not in backbone.positions:
+        raise ValueError(f'pos={pos!r} does not fit {kind}; choose one of '
+                         f'{", ".join(map(repr, backbone.positions))}')
+    if class_token and wanted.maps:
+        raise ValueError('class_token=True: a class token has no place on a map; leave it out')
+    if class_token not in backbone.class_tokens:
+        raise ValueError(f'class_token={class_token}: {kind} has none; leave it out')
+    if wanted.maps and getattr(backbone.model, 'num_reg_tokens', 0):
+        raise ValueError(f'{system} works on a map, where register tokens have no place; take a '
+                         'model without')
     for path, mixer in backbone.mixers().items():
         drop = getattr(getattr(mixer, 'attn_drop', None), 'p', 0.)
-        if drop and wanted.maps: raise ValueError(f'{path} drops weights of kernels (attn_drop={drop}), which {system} does not have; build the model with attn_drop_rate=0')
+        if drop and wanted.maps:
+            raise ValueError(f'{path} drops weights of kernels (attn_drop={drop}), which {system} does not '
+                             'have; build the model with attn_drop_rate=0')

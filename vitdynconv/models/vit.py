@@ -14,7 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from ..tools.compat import add_position, private_hooks
 from .adapter import Backbone, Converted, Place
-from .fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
+# timm looks for it in the module of a model's class
+from .fitting import checkpoint_filter_fn
 
 # %% ../../nbs/models/02_vit.ipynb #bb006mo
 @private_hooks
@@ -26,7 +27,8 @@ class DynamicConvViT(Converted, VisionTransformer):
         for mixer in self.parts('set_grid_size'): mixer.set_grid_size(self.patch_embed.grid_size)
 
     def add_position(self, x):
-        if self.dynamic_img_size: self.set_live_grid(tuple(x.shape[1:3]))   # the patch embedding gives a map then
+        if self.dynamic_img_size:
+            self.set_live_grid(tuple(x.shape[1:3]))   # the patch embedding gives a map then
         if self.pos_embed is not None: return add_position(super(), x)
         if self.dynamic_img_size: x = x.flatten(1, 2)
         tokens = [getattr(self, name, None) for name in ('cls_token', 'dist_token', 'reg_token')]
@@ -60,7 +62,8 @@ class ViTBackbone(Backbone):
 # %% ../../nbs/models/02_vit.ipynb #bb007ex
 @patch
 def set_class_token(self: ViTBackbone, wanted: bool) -> dict:
-    "Remove the class token, or add one; returns the weights that moved. ValueError where the head is built around it."
+    """Remove the class token, or add one; returns the weights that moved. ValueError where the head is built
+    around it."""
     model, moved = self.model, {}
     if wanted == model.has_class_token: return {}
     if model.global_pool == 'prr': raise self.token_refusal(wanted)
@@ -72,13 +75,15 @@ def set_class_token(self: ViTBackbone, wanted: bool) -> dict:
         old = model.pos_embed.detach()
         new = torch.cat([torch.zeros_like(old[:, :1]), old], 1) if wanted else old[:, 1:].clone()
         model.pos_embed = nn.Parameter(new)
-        moved['pos_embed'] = 'pos_embed', f'{"with a zero" if wanted else "without the"} entry for the class token'
+        moved['pos_embed'] = ('pos_embed', f'{"with a zero" if wanted else "without the"} entry for '
+                              'the class token')
     return moved | set_pooling(model, 'token' if wanted else 'avg')
 
 @patch
 def token_refusal(self: ViTBackbone, wanted: bool) -> ValueError:
     "The error for a head that is built around its tokens."
-    return ValueError(f"class_token={wanted} does not fit {type(self.model).__name__} with global_pool={self.model.global_pool!r}, whose head is built around its tokens; "
+    return ValueError(f"class_token={wanted} does not fit {type(self.model).__name__} with "
+                      f"global_pool={self.model.global_pool!r}, whose head is built around its tokens; "
                       "convert a model without distillation that pools by 'token' or 'avg'")
 
 # %% ../../nbs/models/02_vit.ipynb #bb007po
@@ -86,7 +91,8 @@ def set_pooling(
     model: VisionTransformer, # changed in place
     pool: str,                # 'token' or 'avg'
 ) -> dict:                    # the weights that moved
-    "Exchange pooling by class token and by average, with the norm where timm has it: before the token is taken, after the average."
+    """Exchange pooling by class token and by average, with the norm where timm has it: before the token is
+    taken, after the average."""
     if model.global_pool not in ('token', 'avg') or model.global_pool == pool: return {}
     model.global_pool = pool
     old, new = ('norm', 'fc_norm') if pool == 'avg' else ('fc_norm', 'norm')

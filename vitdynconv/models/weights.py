@@ -22,16 +22,21 @@ from ..tools.files import check_target, replacing
 def read_weights(
     path: str | Path,      # .safetensors or .pth; averaged weights inside are preferred, as timm does
 ) -> dict[str, Tensor]:    # state dict
-    "The weights in a file, without running what else may be in it. ValueError if it is missing or no checkpoint."
-    if not Path(path).is_file(): raise ValueError(f'there is no file {path}; give a checkpoint, .safetensors or .pth')
+    """The weights in a file, without running what else may be in it. ValueError if it is missing or no
+    checkpoint."""
+    if not Path(path).is_file():
+        raise ValueError(f'there is no file {path}; give a checkpoint, .safetensors or .pth')
     try: state = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as e: raise ValueError(f'{path} is no checkpoint that can be read safely: {" ".join(str(e).split())[:200]}') from e
+    except Exception as e:
+        raise ValueError(f'{path} is no checkpoint that can be read safely: '
+                         f'{" ".join(str(e).split())[:200]}') from e
     is_state = isinstance(state, dict) and state and all(isinstance(w, Tensor) for w in state.values())
     if not is_state: raise ValueError(f'{path} holds no state dict; give a file of named tensors')
     return state
 
 # %% ../../nbs/models/08_weights.ipynb #w002ex
-HEADS = 'head.weight', 'head.fc.weight'                        # where classifiers keep their matrix, in timm's kinds of models
+# where classifiers keep their matrix, in timm's kinds of models
+HEADS = 'head.weight', 'head.fc.weight'
 
 def sizes_in(
     state: dict[str, Tensor], # weights
@@ -61,20 +66,24 @@ def timm_model(
     checkpoint: str | Path | None = None,  # or with those of a local file, .safetensors or .pth
     **kwargs,                              # timm's: `num_classes`, `img_size`, `drop_path_rate`, ...
 ) -> nn.Module:                            # timm's model
-    "A model of timm's with its weights. ValueError for an unknown name, with close ones, or a file that does not fit; ConnectionError if nothing could be downloaded."
+    """A model of timm's with its weights. ValueError for an unknown name, with close ones, or a file that
+    does not fit; ConnectionError if nothing could be downloaded."""
     arch = name.partition('.')[0]
     if not timm.is_model(arch):
         raise ValueError(f'unknown model {name!r}; did you mean {" or ".join(close_names(arch))}?')
     if checkpoint: return timm_model_from_file(name, checkpoint, **kwargs)
     try: return timm.create_model(name, pretrained=pretrained, **kwargs)
     except OSError as e:
-        raise ConnectionError(f'the pretrained weights of {name!r} could not be downloaded ({str(e).splitlines()[0]}); check the connection, or pass checkpoint=FILE with weights fetched elsewhere') from e
+        raise ConnectionError(f'the pretrained weights of {name!r} could not be downloaded '
+                              f'({str(e).splitlines()[0]}); check the connection, or pass checkpoint=FILE '
+                              'with weights fetched elsewhere') from e
 
 # %% ../../nbs/models/08_weights.ipynb #w003ei
 def timm_model_from_file(
     name: str,              # in timm's registry
     checkpoint: str | Path, # .safetensors or .pth
-    num_classes: int | None = None, # None: as in the file, or as the model has it if there is no head in the file
+    # None: as in the file, or as the model has it if there is no head in the file
+    num_classes: int | None = None,
     **kwargs,               # timm's
 ) -> nn.Module:             # timm's model
     "A model of timm's with the weights of a file, adapted by timm. ValueError for a file that does not fit."
@@ -82,7 +91,9 @@ def timm_model_from_file(
     classes = sizes.pop('num_classes')
     overlay = dict(file=str(checkpoint), num_classes=classes, custom_load=False)
     kwargs = sizes | kwargs
-    try: model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **kwargs)
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes,
+                                  **kwargs)
     except (RuntimeError, KeyError, AttributeError, SafetensorError) as e:
         raise ValueError(f'{checkpoint} does not fit {name!r}: {" ".join(str(e).split())[:300]}') from e
     if num_classes is None: num_classes = classes or timm.models.get_pretrained_cfg(name).num_classes
@@ -98,7 +109,8 @@ def convert_file(
     out: str = '',           # .safetensors file to write
 ) -> nn.Module:              # the converted model
     "Convert the weights in a file and write the new ones. ValueError for what does not go together."
-    if Path(out).suffix != '.safetensors': raise ValueError(f'--out {out or "is missing"}: name a .safetensors file for the new weights')
+    if Path(out).suffix != '.safetensors':
+        raise ValueError(f'--out {out or "is missing"}: name a .safetensors file for the new weights')
     check_target(out, '--out')
     Settings(**settings).check()
     if pretrained and checkpoint: raise ValueError('give --checkpoint or --pretrained, not both')

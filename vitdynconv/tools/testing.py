@@ -16,7 +16,8 @@ def assert_equal(
     expected: Tensor,   # what an independent computation says
     tol: float = 1e-12, # largest difference allowed, absolute and relative to the expected value
 ) -> None:              # nothing: raises AssertionError where the two differ
-    "Assert one shape, one dtype and, within `tol`, the same values. Nothing is broadcast; NaN equals nothing."
+    """Assert one shape, one dtype and, within `tol`, the same values. Nothing is broadcast; NaN equals
+    nothing."""
     torch.testing.assert_close(actual, expected, rtol=tol, atol=tol)
 
 # %% ../../nbs/tools/00_testing.ipynb #8bbb169d

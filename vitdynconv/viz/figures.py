@@ -173,7 +173,8 @@ def draw_pair(
     place_bank(sheet, 'keys', k, best, upper, f'keys: {n} kernels of {d}')
     place_bank(sheet, 'values', v, best, lower, 'values: their partners')
     place(sheet, 'output', (weights @ v)[:, None], 1.72, lower, .16, .95, '$y_i$')
-    for name, title, values, y in ('logits', 'products', logits, upper), ('weights', 'weights', weights, lower):
+    for name, title, values, y in (('logits', 'products', logits, upper),
+                                   ('weights', 'weights', weights, lower)):
         ax = place(sheet, name, values.unflatten(0, grid), 5.2, y, width, high, f'{n} {title}')
         mark(ax, best // w, best % w)
     middle, x = .47, 5.2 + width / 2
@@ -320,7 +321,8 @@ def draw_card(
     line: str,    # below it
 ) -> Sheet:       # 12 x 6.3 inches, the shape that sites expect of a card
     "A card for links: a title, a line and a picture."
-    with io.BytesIO(sheet.png(200, 'white')) as file: pixels = np.array(Image.open(file).convert('RGBA').convert('RGB')) / 255
+    with io.BytesIO(sheet.png(200, 'white')) as file:
+        pixels = np.array(Image.open(file).convert('RGBA').convert('RGB')) / 255
     picture = torch.tensor(pixels)
     high = 6.1
     wide = high * picture.shape[1] / picture.shape[0]
