@@ -1,4 +1,5 @@
 "Beyond the paper: its future work as networks, and the way back to ConvNets."
+import vitdynconv.models  # noqa: F401  first: where timm is loaded its registry imports the modules of this part
 from vitdynconv import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(

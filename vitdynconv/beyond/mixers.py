@@ -18,7 +18,8 @@ from torch import nn, Tensor
 from .pyramid import Body
 from ..layers.attention import DynamicConvAttention, copy_weights, split_heads
 from ..models.backbones import BACKBONES, find_mixers
-from ..models.fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
+# timm looks for it in the module of a model's class
+from ..models.fitting import checkpoint_filter_fn
 from ..models.vit import DynamicConvViT, ViTBackbone
 
 # %% ../../nbs/beyond/02_mixers.ipynb #e542dfb7
@@ -34,7 +35,8 @@ class MixerBlock(Block):
         if mixer is None: return
         drops = dict(attn_drop=block.get('attn_drop', 0.), proj_drop=block.get('proj_drop', 0.))
         like = self.norm1.weight
-        self.attn = mixer(dim, num_heads, qkv_bias=block.get('qkv_bias', False), device=like.device, dtype=like.dtype, **drops)
+        self.attn = mixer(dim, num_heads, qkv_bias=block.get('qkv_bias', False), device=like.device,
+                          dtype=like.dtype, **drops)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         "(b, n, dim) to the same"
@@ -65,8 +67,11 @@ class WideValues(DynamicConvAttention):
     def check_wide(self) -> None:
         "ValueError for settings that wide values do not have."
         e, k = self.value_dim, self.kernel_size
-        if not isinstance(e, int) or isinstance(e, bool) or e < 1: raise ValueError(f'value_dim={e!r} is no number of channels; choose a whole number from 1')
-        if k != 1: raise ValueError(f'kernel_size={k} is not offered with wide values; choose kernel_size=1, or a network without them')
+        if not isinstance(e, int) or isinstance(e, bool) or e < 1:
+            raise ValueError(f'value_dim={e!r} is no number of channels; choose a whole number from 1')
+        if k != 1:
+            raise ValueError(f'kernel_size={k} is not offered with wide values; choose kernel_size=1, or a '
+                             'network without them')
 
     def extra_repr(self): return f'head_dim={self.head_dim}, value_dim={self.value_dim}'
 
@@ -80,7 +85,8 @@ class WideValues(DynamicConvAttention):
         q, k = split_heads(self.qk(x), 2, self.head_dim)              # (b, h, n, d) each
         v, = split_heads(self.value(x), 1, self.value_dim)            # (b, h, n, e)
         q, k = self.q_norm(q), self.k_norm(k)
-        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal, self.takes_additive_masks())
+        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
+                                        self.takes_additive_masks())
         k, v, mask = self.select(q, k, v, mask)
         y = self.backend(q, k, v, self.current_activation(), bias=bias, mask=mask, position=self.position())
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
@@ -94,8 +100,10 @@ def from_timm(cls: WideValues,
     "A module with the layers of another one with wide values, exactly as they are."
     like = next(attn.parameters())
     relative = None if attn.relative_position_bias_table is None else 'rel'
-    shape = dict(dim=attn.dim, num_heads=attn.num_heads, value_dim=attn.value_dim, head_dim=attn.head_dim, proj_drop=attn.proj_drop.p)
-    placed = dict(device=like.device, dtype=like.dtype, grid_size=attn.grid_size, num_prefix_tokens=attn.num_prefix_tokens)
+    shape = dict(dim=attn.dim, num_heads=attn.num_heads, value_dim=attn.value_dim, head_dim=attn.head_dim,
+                 proj_drop=attn.proj_drop.p)
+    placed = dict(device=like.device, dtype=like.dtype, grid_size=attn.grid_size,
+                  num_prefix_tokens=attn.num_prefix_tokens)
     ours = cls(**shape | placed | dict(pos=relative, attn_drop=attn.attn_drop.p) | settings)
     copy_weights(ours, attn, ['qk', 'value', 'q_norm', 'k_norm', 'proj'])
     return ours.train(attn.training)
@@ -114,22 +122,28 @@ class WideBackbone(ViTBackbone):
 
     def make(self, place, cls, **settings):
         if cls is not DynamicConvAttention:
-            raise ValueError("kernel='depthwise' has no values that could be wide; take a network of this page with depthwise in its name")
-        return WideValues.from_timm(place.mixer, grid_size=place.grid, num_prefix_tokens=place.num_prefix_tokens, **settings), {}
+            raise ValueError("kernel='depthwise' has no values that could be wide; take a network of this "
+                             "page with depthwise in its name")
+        return WideValues.from_timm(place.mixer, grid_size=place.grid,
+                                    num_prefix_tokens=place.num_prefix_tokens, **settings), {}
 
-    def why_not_timms_mixer(self, mixer): return f"has values of {mixer.value_dim} channels and keys of {mixer.head_dim}, which timm's Attention has not"
+    def why_not_timms_mixer(self, mixer):
+        return (f"has values of {mixer.value_dim} channels and keys of {mixer.head_dim}, which timm's "
+                "Attention has not")
 
 if WideBackbone not in BACKBONES: BACKBONES.insert(0, WideBackbone)
 
 # %% ../../nbs/beyond/02_mixers.ipynb #5830e306
 def equal_depth(n: int, dim: int, depth: int, depthwise: bool) -> int:
-    "Blocks of mixers alone that take as many multiply-adds as `depth` blocks with an FFN of ratio 4, for n tokens."
+    """Blocks of mixers alone that take as many multiply-adds as `depth` blocks with an FFN of ratio 4, for n
+    tokens."""
     if depthwise: return round(depth * 11 / 3)
     mixer = 4 * dim + 2 * n
     return round(depth * (mixer + 8 * dim) / mixer)
 
 def equal_width(n: int, dim: int, num_heads: int, depthwise: bool) -> int:
-    "Channels of a head's values (depth-wise: of a head) with which a mixer takes as many multiply-adds as a block with an FFN of ratio 4."
+    """Channels of a head's values (depth-wise: of a head) with which a mixer takes as many multiply-adds as a
+    block with an FFN of ratio 4."""
     if depthwise: return round(11 / 3 * dim / num_heads)
     channels = (10 * n * dim ** 2 + n ** 2 * dim) / (2 * n * dim + n ** 2)
     return round(channels / num_heads)
@@ -151,7 +165,8 @@ def mixers_model(
         if depthwise: mixer = partial(Attention, attn_head_dim=e)
         else: cls, mixer = WideViT, partial(WideValues, value_dim=e)
     else: depth = equal_depth(n, embed_dim, depth, depthwise)
-    sizes = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads, depth=depth)
+    sizes = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads,
+                 depth=depth)
     return cls(block_fn=partial(MixerBlock, mixer=mixer), **sizes | kwargs)
 
 # %% ../../nbs/beyond/02_mixers.ipynb #2c37ae88
@@ -163,7 +178,9 @@ for size, widths in SIZES.items():
         sizes = dict(wide=variant == 'wide', **widths)
         backbone = WideBackbone if variant == 'wide' else ViTBackbone
         BODIES[f'vit_{size}_mixers_{variant}'] = Body(mixers_model, backbone, kwargs=sizes)
-        BODIES[f'vit_{size}_depthwise_mixers_{variant}'] = Body(mixers_model, ViTBackbone, dict(kernel='depthwise'), sizes | dict(depthwise=True))
+        BODIES[f'vit_{size}_depthwise_mixers_{variant}'] = Body(mixers_model, ViTBackbone,
+                                                                dict(kernel='depthwise'),
+                                                                sizes | dict(depthwise=True))
 
 # %% ../../nbs/beyond/02_mixers.ipynb #f0b81faf
 def held(output_of: dict, layer: nn.Module, args: tuple, output: Tensor, start: int) -> Tensor:
@@ -189,8 +206,10 @@ def hold(
     outputs, statistics = {}, {}
     for mixer in find_mixers(model).values() if kernels else ():
         inner = mixer.num_heads * mixer.head_dim
-        first = mixer.qkv if hasattr(mixer, 'qkv') else mixer.qk    # the first part is the query: the map, not a kernel
-        layers = {first: inner} | {getattr(mixer, name): 0 for name in ('value', 'taps') if hasattr(mixer, name)}
+        # the first part is the query: the map, not a kernel
+        first = mixer.qkv if hasattr(mixer, 'qkv') else mixer.qk
+        layers = ({first: inner}
+                  | {getattr(mixer, name): 0 for name in ('value', 'taps') if hasattr(mixer, name)})
         for layer, start in layers.items():
             hook = layer.register_forward_hook(partial(held, outputs, start=start))
             stack.callback(hook.remove)
@@ -212,6 +231,7 @@ def nonlinearity(
     training, dtype = model.training, next(model.parameters()).dtype
     model.eval().double()
     a, b = a.double(), b.double()
-    with hold(model, kernels, norms): fa, fb, both, zero = [model.forward_features(x) for x in (a, b, a + b, 0 * a)]
+    with hold(model, kernels, norms):
+        fa, fb, both, zero = [model.forward_features(x) for x in (a, b, a + b, 0 * a)]
     model.to(dtype).train(training)
     return float((fa + fb - both - zero).norm() / (fa + fb - 2 * zero).norm())

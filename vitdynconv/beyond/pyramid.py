@@ -6,13 +6,14 @@
 __all__ = ['STRIDED', 'SIZES', 'BODIES', 'PyramidBlock', 'stage_grids', 'PyramidTransformer', 'check_stages', 'make_stage',
            'stages_asked_for', 'PyramidBackbone', 'Body', 'pyramid_macs']
 
-# %% ../../nbs/beyond/01_pyramid.ipynb #b7fc6c37
+# %% ../../nbs/beyond/01_pyramid.ipynb #72dfc8d3
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
-from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import (DropPath, LayerNorm, Mlp, PatchEmbed, calculate_drop_path_rates,
+                         resample_abs_pos_embed, to_2tuple, trunc_normal_)
 from timm.models import checkpoint_seq, named_apply
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn, Tensor
@@ -21,11 +22,13 @@ from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.strided import Strided, StridedAttention, StridedDepthwise, strided_rows
 from ..models.adapter import Backbone, Converted, Place
 from ..models.backbones import BACKBONES
-from ..models.fitting import checkpoint_filter_fn  # timm looks for it in the module of a model's class
+# timm looks for it in the module of a model's class
+from ..models.fitting import checkpoint_filter_fn
 
-# %% ../../nbs/beyond/01_pyramid.ipynb #13e11277
+# %% ../../nbs/beyond/01_pyramid.ipynb #27312775
 class PyramidBlock(nn.Module):
-    "A Transformer block whose mixer may take steps: norm, mixer, norm, FFN; a static 1x1 convolution around the mixer where the width changes."
+    """A Transformer block whose mixer may take steps: norm, mixer, norm, FFN; a static 1x1 convolution around
+    the mixer where the width changes."""
     def __init__(self,
         dim: int,                      # channels of the map that comes in
         num_heads: int,
@@ -34,7 +37,7 @@ class PyramidBlock(nn.Module):
         out_dim: int | None = None,    # channels of the map that goes out; `dim` if None
         mlp_ratio: float = 4.,         # hidden channels of the FFN over `out_dim`
         drop_path: float = 0.,
-        norm_layer: Callable = nn.LayerNorm,
+        norm_layer: Callable = LayerNorm,
         proj_drop: float = 0.,
         device=None, dtype=None, **mixer,  # `qkv_bias`, `attn_drop`, ...: see `DynamicConvAttention`
     ):
@@ -44,7 +47,8 @@ class PyramidBlock(nn.Module):
         width = out_dim or dim
         self.norm1 = norm_layer(dim, **placed)
         if stride == 1 and width == dim: self.attn = DynamicConvAttention(dim, num_heads, **settings)
-        else: self.attn = StridedAttention(dim, num_heads, stride, None if width == dim else width, **settings)
+        else:
+            self.attn = StridedAttention(dim, num_heads, stride, None if width == dim else width, **settings)
         self.skip = nn.Identity() if width == dim else nn.Linear(dim, width, **placed)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm_layer(width, **placed)
@@ -66,46 +70,60 @@ def stage_grids(
     grids, (h, w) = [], grid
     for stride in strides:
         whole = isinstance(stride, int) and not isinstance(stride, bool) and stride >= 1
-        if not whole: raise ValueError(f'strides={tuple(strides)}: {stride!r} is no step on a map; choose whole numbers from 1, 2 to halve the map')
+        if not whole:
+            raise ValueError(f'strides={tuple(strides)}: {stride!r} is no step on a map; choose whole '
+                             'numbers from 1, 2 to halve the map')
         if h % stride or w % stride:
             total = math.prod(strides)
-            raise ValueError(f'strides={tuple(strides)} do not divide a map of {grid[0]} x {grid[1]} patches; choose an img_size of which both sides '
+            raise ValueError(f'strides={tuple(strides)} do not divide a map of {grid[0]} x {grid[1]} '
+                             'patches; choose an img_size of which both sides '
                              f'are multiples of patch_size * {total}')
         grids.append((h, w))
         h, w = h // stride, w // stride
     return grids
 
-# %% ../../nbs/beyond/01_pyramid.ipynb #fdd58885
+# %% ../../nbs/beyond/01_pyramid.ipynb #74b2c08c
 class PyramidTransformer(Converted, nn.Module):
-    "A vision Transformer whose stages shrink the map by strided dynamic convolutions (section 5, future work)."
+    """A vision Transformer whose stages shrink the map by strided dynamic convolutions (section 5, future
+    work)."""
     def __init__(self,
-        img_size: int | tuple[int, int] = 224, patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000, global_pool: str = 'avg',
+        img_size: int | tuple[int, int] = 224, patch_size: int = 4, in_chans: int = 3,
+                 num_classes: int = 1000, global_pool: str = 'avg',
         embed_dims: tuple[int, ...] = (64, 128, 256, 512), # channels of each stage
         depths: tuple[int, ...] = (2, 2, 6, 2),            # blocks of each stage
         num_heads: tuple[int, ...] = (2, 4, 8, 16),        # heads of each stage
         strides: tuple[int, ...] = (1, 2, 2, 2),           # of the first block of each stage
         mlp_ratio: float = 4., qkv_bias: bool = True,
-        drop_rate: float = 0., pos_drop_rate: float = 0., proj_drop_rate: float = 0., attn_drop_rate: float = 0., drop_path_rate: float = 0.,
+        drop_rate: float = 0., pos_drop_rate: float = 0., proj_drop_rate: float = 0.,
+                 attn_drop_rate: float = 0., drop_path_rate: float = 0.,
         norm_layer: Callable | None = None, device=None, dtype=None,
     ):
         super().__init__()
         check_stages(embed_dims, depths, num_heads, strides)
-        if global_pool not in ('avg', ''): raise ValueError(f"global_pool={global_pool!r} does not fit a pyramid, which has no class token; choose 'avg', or '' for none")
+        if global_pool not in ('avg', ''):
+            raise ValueError(f"global_pool={global_pool!r} does not fit a pyramid, which has no class token; "
+                             "choose 'avg', or '' for none")
         self.num_classes, self.global_pool, self.num_features = num_classes, global_pool, embed_dims[-1]
-        self.head_hidden_size, self.strides, self.grad_checkpointing, self.num_prefix_tokens = embed_dims[-1], tuple(strides), False, 0
-        placed, norm_layer = dict(device=device, dtype=dtype), norm_layer or nn.LayerNorm
+        self.head_hidden_size = embed_dims[-1]
+        self.strides = tuple(strides)
+        self.grad_checkpointing = False
+        self.num_prefix_tokens = 0
+        placed, norm_layer = dict(device=device, dtype=dtype), norm_layer or LayerNorm
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dims[0], **placed)
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches, embed_dims[0], **placed))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        common = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm_layer, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate) | placed
-        sizes = zip((embed_dims[0], *embed_dims), embed_dims, depths, num_heads, strides, stage_grids(self.patch_embed.grid_size, strides), rates)
+        common = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_layer=norm_layer, proj_drop=proj_drop_rate,
+                      attn_drop=attn_drop_rate) | placed
+        sizes = zip((embed_dims[0], *embed_dims), embed_dims, depths, num_heads, strides,
+                    stage_grids(self.patch_embed.grid_size, strides), rates)
         self.stages = nn.Sequential(*[make_stage(*size, **common) for size in sizes])
         self.norm = norm_layer(embed_dims[-1], **placed)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dims[-1], num_classes, **placed) if num_classes else nn.Identity()
         reductions = [patch_size * math.prod(strides[:i + 1]) for i in range(len(strides))]
-        self.feature_info = [dict(module=f'stages.{i}', num_chs=c, reduction=r) for i, (c, r) in enumerate(zip(embed_dims, reductions))]
+        self.feature_info = [dict(module=f'stages.{i}', num_chs=c, reduction=r)
+                             for i, (c, r) in enumerate(zip(embed_dims, reductions))]
         self.init_weights()
 
     def init_weights(self, mode: str = '') -> None:
@@ -120,7 +138,8 @@ def check_stages(*lists: tuple) -> None:
     counts = [len(to_2tuple(values)) for values in lists]
     if len(set(counts)) == 1: return
     found = ', '.join(f'{n} {name}' for n, name in zip(counts, names))
-    raise ValueError(f'a pyramid has one entry of each setting per stage, not {found}; give four lists of the same length')
+    raise ValueError(f'a pyramid has one entry of each setting per stage, not {found}; give four lists of '
+                     'the same length')
 
 def make_stage(
     dim: int, out_dim: int, # channels before and in the stage
@@ -129,10 +148,12 @@ def make_stage(
     rates: list[float],     # drop path of each block
     **common,               # of all blocks
 ) -> nn.Sequential:
-    "The blocks of one stage: the first one takes the step and widens, with as many heads as its input has room for."
+    """The blocks of one stage: the first one takes the step and widens, with as many heads as its input has
+    room for."""
     heads = max(1, num_heads * dim // out_dim)
     if out_dim % num_heads or dim % heads:
-        raise ValueError(f'{num_heads} heads do not divide {out_dim} channels, or {heads} do not divide {dim}; choose num_heads that divide embed_dims')
+        raise ValueError(f'{num_heads} heads do not divide {out_dim} channels, or {heads} do not divide '
+                         f'{dim}; choose num_heads that divide embed_dims')
     first = PyramidBlock(dim, heads, grid, stride, out_dim, drop_path=rates[0], **common)
     inner = grid[0] // stride, grid[1] // stride
     others = [PyramidBlock(out_dim, num_heads, inner, drop_path=rate, **common) for rate in rates[1:]]
@@ -180,7 +201,9 @@ def stages_asked_for(
     if indices is None: found = list(range(number))
     elif isinstance(indices, int): found = list(range(number - indices, number))
     else: found = [i + number if i < 0 else i for i in indices]
-    if not found or min(found) < 0 or max(found) >= number: raise ValueError(f'indices={indices} ask for stages that are not there; choose among 0 to {number - 1}')
+    if not found or min(found) < 0 or max(found) >= number:
+        raise ValueError(f'indices={indices} ask for stages that are not there; choose among 0 to '
+                         f'{number - 1}')
     return found, max(found)
 
 # %% ../../nbs/beyond/01_pyramid.ipynb #dd81feac
@@ -197,9 +220,11 @@ def forward_intermediates(self: PyramidTransformer,
     stop_early: bool = False,                 # stop behind the last stage that is asked for
     output_fmt: str = 'NCHW',                 # or 'NLC'
     intermediates_only: bool = False,
-):                                            # the maps; with the final features before them unless `intermediates_only`
+# the maps; with the final features before them unless `intermediates_only`
+):
     "timm's way to the maps of several stages. ValueError for another format."
-    if output_fmt not in ('NCHW', 'NLC'): raise ValueError(f"output_fmt={output_fmt!r} is unknown; choose 'NCHW' or 'NLC'")
+    if output_fmt not in ('NCHW', 'NLC'):
+        raise ValueError(f"output_fmt={output_fmt!r} is unknown; choose 'NCHW' or 'NLC'")
     take, last = stages_asked_for(len(self.stages), indices)
     maps, grids = [], self.grids_after()
     x = self.embed(x)
@@ -212,7 +237,8 @@ def forward_intermediates(self: PyramidTransformer,
     return (self.norm(x) if i == len(self.stages) - 1 else x), maps
 
 @patch
-def prune_intermediate_layers(self: PyramidTransformer, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+def prune_intermediate_layers(self: PyramidTransformer, indices: int | list[int] = 1,
+                              prune_norm: bool = False, prune_head: bool = True) -> list[int]:
     "Cut off the stages behind the last one that is asked for; returns the indices."
     take, last = stages_asked_for(len(self.stages), indices)
     self.stages, self.strides = self.stages[:last + 1], self.strides[:last + 1]
@@ -246,21 +272,25 @@ def group_matcher(self: PyramidTransformer, coarse: bool = False) -> dict:
     return dict(stem=r'^pos_embed|^patch_embed', blocks=blocks)
 
 @patch
-def set_input_size(self: PyramidTransformer, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
-    "Move to images of another size: embedding, tables and per-kernel weights are resized. ValueError for one that the strides do not divide."
+def set_input_size(self: PyramidTransformer, img_size: int | tuple[int, int] | None = None,
+                   patch_size: int | None = None) -> None:
+    """Move to images of another size: embedding, tables and per-kernel weights are resized. ValueError for
+    one that the strides do not divide."""
     new = to_2tuple(img_size or self.patch_embed.img_size)
     patches = to_2tuple(patch_size or self.patch_embed.patch_size)
     old = self.patch_embed.grid_size
     grids = stage_grids((new[0] // patches[0], new[1] // patches[1]), self.strides)
     self.patch_embed.set_input_size(new, patch_size)
     if self.pos_embed is not None:
-        moved = resample_abs_pos_embed(self.pos_embed.detach(), list(grids[0]), list(old), num_prefix_tokens=0)
+        moved = resample_abs_pos_embed(self.pos_embed.detach(), list(grids[0]), list(old),
+                                       num_prefix_tokens=0)
         self.pos_embed = nn.Parameter(moved, self.pos_embed.requires_grad)
     for stage, grid, after in zip(self.stages, grids, self.grids_after()):
         for i, block in enumerate(stage): block.attn.set_grid_size(after if i else grid)
 
-# %% ../../nbs/beyond/01_pyramid.ipynb #2572147c
-STRIDED = {DynamicConvAttention: StridedAttention, DepthwiseSelfAttention: StridedDepthwise}  # mixer -> the same with a stride
+# %% ../../nbs/beyond/01_pyramid.ipynb #44c67dca
+# mixer -> the same with a stride
+STRIDED = {DynamicConvAttention: StridedAttention, DepthwiseSelfAttention: StridedDepthwise}
 
 class PyramidBackbone(Backbone):
     "The adapter of pyramids."
@@ -287,12 +317,15 @@ class PyramidBackbone(Backbone):
         model = self.model
         if pos != 'abs': model.pos_embed = None
         if pos != 'abs' or model.pos_embed is not None: return
-        table = model.patch_embed.proj.weight.new_empty(1, model.patch_embed.num_patches, model.patch_embed.proj.out_channels)
+        table = model.patch_embed.proj.weight.new_empty(1, model.patch_embed.num_patches,
+                                                        model.patch_embed.proj.out_channels)
         model.pos_embed = nn.Parameter(trunc_normal_(table, std=.02))
 
     def why_not_timms(self): return 'timm has no pyramid of strided self-attention'
 
-    def put_whole(self, place, mixer): raise ValueError(f'{place.path} may take steps, which {type(mixer).__name__} cannot; use convert, or a ViT or Swin')
+    def put_whole(self, place, mixer):
+        raise ValueError(f'{place.path} may take steps, which {type(mixer).__name__} cannot; use convert, or '
+                         'a ViT or Swin')
 
     put_conv = put_whole
 
@@ -319,7 +352,8 @@ BODIES = {name: Body(PyramidTransformer, PyramidBackbone, kwargs=sizes) for name
 
 # %% ../../nbs/beyond/01_pyramid.ipynb #410d86df
 def pyramid_macs(
-    img_size: int = 224, patch_size: int = 4, in_chans: int = 3, embed_dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), strides=(1, 2, 2, 2),
+    img_size: int = 224, patch_size: int = 4, in_chans: int = 3, embed_dims=(64, 128, 256, 512),
+    depths=(2, 2, 6, 2), strides=(1, 2, 2, 2),
     num_heads=None, mlp_ratio: float = 4, layernorm: int = 5,
 ) -> int: # multiply-adds
     "The work of a softmax pyramid by formula, classifier left out."

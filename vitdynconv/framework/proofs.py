@@ -339,8 +339,9 @@ def selection_proofs() -> list[Proof]:
 
 # %% ../../nbs/framework/04_proofs.ipynb #b16dab13
 def all_proofs() -> list[Proof]:
-    "The list, and one for each entry of the registries."
-    return [*PROOFS, *activation_proofs(), *selection_proofs()]
+    "The list, one for each entry of the registries, and those of the chapter beyond the paper."
+    from vitdynconv.beyond.proofs import beyond_proofs  # which needs whole networks
+    return [*PROOFS, *activation_proofs(), *selection_proofs(), *beyond_proofs()]
 
 def equivalence_table(
     dtype: torch.dtype = torch.float64, # in which everything is computed

@@ -91,17 +91,20 @@ def with_table(self: Strided,
 # %% ../../nbs/layers/09_strided.ipynb #strd0013
 @register_notrace_module
 class StridedAttention(Strided, DynamicConvAttention):
-    "Self-attention as dynamic convolutions with a stride (section 5, future work): queries on a coarse map, kernels from every position of the fine one."
+    """Self-attention as dynamic convolutions with a stride (section 5, future work): queries on a coarse map,
+    kernels from every position of the fine one."""
     def forward(self,
         x: Tensor,                   # (b, n, dim) tokens of the fine map
-        mask: Tensor | None = None,  # bool or additive, (n, n), (windows, n, n) or (b, h, n, n): of the fine map
+        # bool or additive, (n, n), (windows, n, n) or (b, h, n, n): of the fine map
+        mask: Tensor | None = None,
         attn_mask: Tensor | None = None, # timm's name for `mask`
         is_causal: bool = False,     # a token sees itself and those before it
     ) -> Tensor:                     # (b, n', out_dim) tokens of the coarse map
         "Static conv, strided dynamic conv, activation, dynamic conv, static conv."
         q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
         q, k = self.q_norm(q), self.k_norm(k)
-        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal, self.takes_additive_masks())
+        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
+                                        self.takes_additive_masks())
         near = self.neighbors(mask)
         if near is not None:
             q = near.read(q)                                          # (b, h, n, d * taps)
@@ -128,10 +131,12 @@ def add_on_coarse_map(self: StridedAttention,
 # %% ../../nbs/layers/09_strided.ipynb #caf4e739
 @register_notrace_module
 class StridedDepthwise(Strided, DepthwiseSelfAttention):
-    "Depth-wise self-attention (Eq. 5) with a stride: positions of a coarse map, the mean of all kernels of the fine one."
+    """Depth-wise self-attention (Eq. 5) with a stride: positions of a coarse map, the mean of all kernels of
+    the fine one."""
     def forward(self,
         x: Tensor,                   # (b, n, dim) tokens of the fine map
-        mask: Tensor | None = None,  # bool or additive, (n, n), (windows, n, n) or (b, h, n, n): of the fine map
+        # bool or additive, (n, n), (windows, n, n) or (b, h, n, n): of the fine map
+        mask: Tensor | None = None,
         attn_mask: Tensor | None = None, # timm's name for `mask`
         is_causal: bool = False,     # a token sees itself and those before it
     ) -> Tensor:                     # (b, n', out_dim) tokens of the coarse map

@@ -64,8 +64,10 @@ def own_body(
     checkpoint: str | Path | None = None, # a file with its weights
     **kwargs,                             # sizes, as timm names them
 ) -> nn.Module:                           # the model
-    "A body that timm does not have. ValueError where published weights are asked for, and for a file that does not fit."
-    if pretrained: raise ValueError(f'nobody publishes weights for {base!r}; train it, or pass checkpoint=FILE')
+    """A body that timm does not have. ValueError where published weights are asked for, and for a file that
+    does not fit."""
+    if pretrained:
+        raise ValueError(f'nobody publishes weights for {base!r}; train it, or pass checkpoint=FILE')
     model = OWN[base].build(**kwargs)
     if checkpoint: model.load_state_dict(checkpoint_filter_fn(read_weights(checkpoint), model))
     return model
@@ -119,7 +121,8 @@ def build(
         own_weights = pretrained = False
         kwargs = {n: size for n, size in sizes_in(read_weights(checkpoint)).items() if size} | kwargs
     make = partial(assemble, base, operation, pretrained and not own_weights, checkpoint, **source)
-    return build_model_with_cfg(make, name, pretrained and own_weights, pretrained_filter_fn=checkpoint_filter_fn,
+    return build_model_with_cfg(make, name, pretrained and own_weights,
+                                pretrained_filter_fn=checkpoint_filter_fn,
                                 feature_cfg=kind_of(base).feature_settings(kwargs), **kwargs)
 
 # %% ../../nbs/models/10_registry.ipynb #ff29c323
@@ -153,9 +156,12 @@ BODIES += [f'swin_{size}_patch4_window7_224' for size in SIZES[:3]]
 BODIES += ['convnext_atto', 'convnext_tiny', 'convnext_small', 'convnext_base']
 
 PRESETS = {  # prefix of a name -> settings that it stands for
-    'k3': dict(kernel_size=3), 'neighborhood': dict(selection='neighborhood'), 'topk': dict(selection='topk'), 'window': dict(selection='window')}
-OWN_CONFIGURATION = dict(url='', num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=.9, interpolation='bicubic', fixed_input_size=True,
-                         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='patch_embed.proj', classifier='head')
+    'k3': dict(kernel_size=3), 'neighborhood': dict(selection='neighborhood'), 'topk': dict(selection='topk'),
+           'window': dict(selection='window')}
+OWN_CONFIGURATION = dict(url='', num_classes=1000, input_size=(3, 224, 224), pool_size=None, crop_pct=.9,
+                         interpolation='bicubic', fixed_input_size=True,
+                         mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='patch_embed.proj',
+                         classifier='head')
 
 default_cfgs = {} # name -> timm's pretrained configurations, which `register_model` reads
 ENTRIES = {}      # name -> function that builds the model
@@ -206,14 +212,16 @@ for base in BODIES:
     for system in SYSTEMS: register(base, system)
     for preset in PRESETS:
         known = (preset, base.partition('_')[0])
-        if known not in (('k3', 'convnext'), ('window', 'swin')): register(base, preset=preset)   # a Swin has windows already
+        if known not in (('k3', 'convnext'), ('window', 'swin')):
+            register(base, preset=preset)   # a Swin has windows already
 
 # %% ../../nbs/models/10_registry.ipynb #c62194ba
 def create_model(
     # timm's name of the body, with or without 'vdc_'; or 'dconv_...', 'ddwconv_...', 'linformer_...'
     name: str,
     activation: str | nn.Module = 'softmax', # a name in `ACTIVATIONS`, or a module
-    kernel: str | None = None,               # 'pair', or 'depthwise' for Eq. 5; None: what the name stands for, 'pair' if nothing
+    # 'pair', or 'depthwise' for Eq. 5; None: what the name stands for, 'pair' if nothing
+    kernel: str | None = None,
     pos: str | None = None,                  # 'abs', 'rel' or 'none'; None: as the base has it
     class_token: bool | None = None,         # False: global average pooling; None: as the base has it
     pretrained: bool = False,                # convert the weights that timm publishes for the base
