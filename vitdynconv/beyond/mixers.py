@@ -134,18 +134,16 @@ class WideBackbone(ViTBackbone):
 if WideBackbone not in BACKBONES: BACKBONES.insert(0, WideBackbone)
 
 # %% ../../nbs/beyond/02_mixers.ipynb #5830e306
-def equal_depth(n: int, dim: int, depth: int, depthwise: bool) -> int:
-    """Blocks of mixers alone that take as many multiply-adds as `depth` blocks with an FFN of ratio 4, for n
-    tokens."""
-    if depthwise: return round(depth * 11 / 3)
-    mixer = 4 * dim + 2 * n
-    return round(depth * (mixer + 8 * dim) / mixer)
+def equal_depth(n: int, dim: int, depth: int, depthwise: bool, mlp_ratio: float = 4.) -> int:
+    "Blocks of mixers alone that take as many multiply-adds as `depth` blocks with an FFN, for n tokens."
+    mixer = 3 * dim if depthwise else 4 * dim + 2 * n
+    return round(depth * (mixer + 2 * mlp_ratio * dim) / mixer)
 
-def equal_width(n: int, dim: int, num_heads: int, depthwise: bool) -> int:
+def equal_width(n: int, dim: int, num_heads: int, depthwise: bool, mlp_ratio: float = 4.) -> int:
     """Channels of a head's values (depth-wise: of a head) with which a mixer takes as many multiply-adds as a
-    block with an FFN of ratio 4."""
-    if depthwise: return round(11 / 3 * dim / num_heads)
-    channels = (10 * n * dim ** 2 + n ** 2 * dim) / (2 * n * dim + n ** 2)
+    block with an FFN."""
+    if depthwise: return round((3 + 2 * mlp_ratio) / 3 * dim / num_heads)
+    channels = ((2 + 2 * mlp_ratio) * n * dim ** 2 + n ** 2 * dim) / (2 * n * dim + n ** 2)
     return round(channels / num_heads)
 
 # %% ../../nbs/beyond/02_mixers.ipynb #c9416f50
@@ -153,18 +151,19 @@ def mixers_model(
     wide: bool = False,       # wider values instead of more blocks
     depthwise: bool = False,  # sized for the depth-wise kernel
     depth: int = 12,          # blocks of the network with FFNs whose multiply-adds are matched
+    mlp_ratio: float = 4.,    # of its FFNs
+    match_size: int = 224,    # at this image size, so that another `img_size` is the same network
     img_size: int | tuple = 224, patch_size: int = 16, embed_dim: int = 384, num_heads: int = 6,
     **kwargs,                 # as for timm's `VisionTransformer`
 ) -> VisionTransformer:       # with timm's `Attention`, or `WideValues`
     "A ViT of mixers alone."
-    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-    n = sides[0] // patch_size * (sides[1] // patch_size) + int(kwargs.get('class_token', True))
+    n = (match_size // patch_size) ** 2 + 1
     cls, mixer = VisionTransformer, None
     if wide:
-        e = equal_width(n, embed_dim, num_heads, depthwise)
+        e = equal_width(n, embed_dim, num_heads, depthwise, mlp_ratio)
         if depthwise: mixer = partial(Attention, attn_head_dim=e)
         else: cls, mixer = WideViT, partial(WideValues, value_dim=e)
-    else: depth = equal_depth(n, embed_dim, depth, depthwise)
+    else: depth = equal_depth(n, embed_dim, depth, depthwise, mlp_ratio)
     sizes = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads,
                  depth=depth)
     return cls(block_fn=partial(MixerBlock, mixer=mixer), **sizes | kwargs)
