@@ -8,7 +8,7 @@ STUDY ?= full
 SLOW ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu lab notebooks readme docs bench study clean speed
+.PHONY: help demo test gpu lab notebooks readme docs bench study weights clean speed
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
@@ -45,6 +45,10 @@ bench: $(READY) ## time our models and evaluations against timm's; SUITE=core, m
 
 study: $(READY) ## train every row of Table 2 at toy size, or go on with it (an hour or two); STUDY=quick for a taste
 	@$(BIN)/vdc_study --plan $(STUDY) --out study-$(STUDY)
+
+weights: $(READY) ## train the networks that come with the library, or go on with it, and put them into the package (an hour or two)
+	@$(BIN)/vdc_study --weights --out study-weights
+	@cp study-weights/*.safetensors vitdynconv/bundled/
 
 clean: ## remove what was built, the environment too
 	rm -rf .venv build dist demo gpu study-quick _proc _docs vitdynconv.egg-info .pytest_cache .hypothesis

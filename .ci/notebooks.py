@@ -107,6 +107,7 @@ def readme(root):
         nb = nbformat.read(inside(tmp, proc_nbs, n_workers=0)/"index.ipynb", as_version=4)
     local = re.compile(r"(\]\(|\bsrc=\")(?![a-z]+:|#|/)([^)\"\s]+)")
     for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if "<script" not in str(o.get("data", {}).get("text/html", ""))]
         if cell.cell_type == "markdown": cell.source = local.sub(lambda m: m[1] + posixpath.normpath("nbs/" + m[2]), cell.source)
     nb.metadata.language_info = {"name": "python"}  # how code is coloured
     text, resources = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "README_files"})

@@ -19,7 +19,7 @@ from vitdynconv.train.export import vdc_export
 from vitdynconv.train.prediction import vdc_predict
 from vitdynconv.train.record import LOCK, RunLock
 from vitdynconv.train.run import vdc_train
-from vitdynconv.study import vdc_study
+from vitdynconv.study.command import vdc_study
 
 SMALL = dict(epochs="2", img_size="16", depth="1", embed_dim="32", num_heads="2", workers="0")
 COLOURS = dict(blue=(40, 60, 220), green=(30, 200, 60), red=(220, 40, 30))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from vitdynconv.layers.activations import ACTIVATIONS
-from vitdynconv.layers.attention import DynamicConvAttention, copy_module, is_plain_linear, layer_size
+from vitdynconv.layers.attention import DynamicConvAttention, copy_module, is_plain, layer_size
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from vitdynconv.layers.equivalence import attention_as_convs
 from vitdynconv.layers.position import RelativePosition
@@ -213,7 +213,7 @@ def test_copies_of_awkward_modules():
         layer = wrap(nn.Linear(4, 6)).eval()
         x = torch.randn(2, 4)
         other = copy_module(layer)
-        assert torch.equal(other(x), layer(x)) and layer_size(layer, 'x') == (4, 6) and not is_plain_linear(layer)
+        assert torch.equal(other(x), layer(x)) and layer_size(layer, 'x') == (4, 6) and not is_plain(layer)
         assert layer.training == other.training == False  # noqa: E712
 
 

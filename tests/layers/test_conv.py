@@ -127,3 +127,10 @@ def test_bad_input_is_named(wrong, words):
     with pytest.raises(ValueError) as e: wrong()
     for word in words: assert word in str(e.value)
     assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.half, torch.bfloat16], ids=str)
+def test_per_kernel_weights_are_resized_in_their_own_precision(dtype):
+    "float64 must not pass through float32; half precision, which the interpolation lacks on a CPU, must not stay there."
+    thirds = torch.full((10,), 1 / 3, dtype=dtype)
+    assert_equal(resize_per_kernel(thirds, (3, 3), (5, 2), 1), thirds[:1].expand(11), tol=4 * torch.finfo(dtype).eps)

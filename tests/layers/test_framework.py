@@ -2,6 +2,7 @@
 import copy
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -259,6 +260,22 @@ def test_a_wrong_part_of_an_activation_turns_its_row_red(attribute, wrong, monke
 def test_a_wrong_router_generator_mean_or_selection_turns_rows_red(where, wrong, rows, monkeypatch):
     monkeypatch.setattr(where, wrong)
     assert len(red()) == rows
+
+
+@pytest.mark.parametrize('where', ['forward', 'backward'])
+def test_nan_is_no_small_difference(where, monkeypatch):
+    "`max` and `<` pass over NaN: right values with a gradient of NaN, and values of NaN, turn the row red."
+    right = ACTIVATIONS['gelu'].forward
+    row, = [proof for proof in all_proofs() if proof.computation == 'gelu, dynamic convs']
+    monkeypatch.setattr('vitdynconv.framework.proofs.all_proofs', lambda: [row])
+
+    def wrong(act, logits, bias=None, mask=None):
+        zero = (logits - logits).abs()
+        return right(act, logits, bias, mask) + (0 * zero.sqrt() if where == 'backward' else zero / zero)
+    assert red() == []
+    monkeypatch.setattr(ACTIVATIONS['gelu'], 'forward', wrong)
+    assert red() == ['gelu, dynamic convs']
+    assert equivalence_table()[0]['gradients'] == math.inf
 
 
 def test_the_design_space_sees_a_wrong_activation(monkeypatch):

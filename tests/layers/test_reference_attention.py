@@ -93,7 +93,8 @@ def check_attention(way, name, options, position, mask, grid, prefix, head_dim=D
         bias = whole_bias(arrays.get("bias"), arrays.get("table"), grid, prefix)
         return ref.attention(*[arrays[key] for key in "qkv"], weights_of, bias, chosen)
 
-    check(ours, reference, inputs, parameters_of(act))
+    case = name, str(options), position, mask, grid, prefix, head_dim, batch
+    check(ours, reference, inputs, parameters_of(act), case=case)
 
 
 @pytest.mark.parametrize("position, prefix", POSITIONS)
@@ -149,7 +150,7 @@ def test_attention_with_other_axes_and_banks(way, name, lead):
     def ours(q, k, v, bias):
         return way(q, k, v, act, bias=bias, mask=as_tensor(mask))
 
-    check(ours, reference, inputs, parameters_of(act))
+    check(ours, reference, inputs, parameters_of(act), case=("other axes", name, lead))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -248,4 +249,4 @@ def check_depthwise_attention(evaluation, grid, tables, position, mask, prefix):
     def reference(q, k, bias=None, table=None):
         return ref.depthwise_attention(q, k, whole_bias(bias, table, grid, prefix), chosen)
 
-    check(ours, reference, inputs)
+    check(ours, reference, inputs, case=("depth-wise", grid, tables, position, mask, prefix))

@@ -83,7 +83,8 @@ def test_mixers_in_windows(name, grid, window, shift, evaluation):
 
         return ref.windowed(x, tokens, window, shift)
 
-    check(ours, reference, {"x": random(2, *grid, 6)}, mixer.named_parameters())
+    case = "windows", name, grid, window, shift
+    check(ours, reference, {"x": random(2, *grid, 6)}, mixer.named_parameters(), case=case)
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
@@ -134,7 +135,8 @@ def test_mixers(name, pos, prefix, mask, evaluation):
         return mixer_reference(name, x, state, grid, prefix, chosen)
 
     inputs = {"x": random(b, n, 6)}
-    check(lambda x: mixer(x, **arguments), reference, inputs, mixer.named_parameters())
+    case = "mixer", name, pos, prefix, mask
+    check(lambda x: mixer(x, **arguments), reference, inputs, mixer.named_parameters(), case=case)
 
 
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
@@ -150,6 +152,7 @@ def test_mixers_of_other_shapes(name, settings, evaluation):
     check_module(
         mixer,
         lambda x, state: mixer_reference(name, x, state, (2, 3), 1, None),
+        case=("other shapes", name, str(settings)),
         tol=5 * TOL,  # LayerNorm cancels the shift of normalised keys: what is left of its gradient is rounding
         x=random(2, 7, 6),
     )
@@ -164,6 +167,7 @@ def test_linformer(name, share, evaluation):
     check_module(
         mixer,
         lambda x, state: mixer_reference(name, x, state, (2, 3), 1, None),
+        case=("linformer", name, share),
         x=random(2, 7, 6),
     )
 

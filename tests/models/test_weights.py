@@ -10,6 +10,7 @@ from torch import nn
 from vitdynconv.layers.equivalence import attention
 from vitdynconv.models.registry import create_model
 from vitdynconv.models.surgery import convert, to_timm
+from vitdynconv.models.systems import exchange
 from vitdynconv.models.weights import convert_file, timm_model
 from vitdynconv.tools.testing import assert_equal
 
@@ -90,6 +91,16 @@ def test_other_channels_and_a_headless_file(name, body, settings, tmp_path):
     assert grey(images(name, SMALL, 1)).shape == (2, 2)
     grey.get_submodule(stem.rpartition('.')[0]).weight = nn.Parameter(old.state_dict()[stem])
     assert_kept(grey, old)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 5])
+def test_other_channels_than_three_answer_alike_to_equal_ones(channels, tmp_path):
+    "A picture whose channels are all equal looks the same to a stem of five channels and to one of fewer."
+    old = stirred(built(DEIT, VIT, {}, in_chans=5))
+    torch.save(old.state_dict(), tmp_path/'old.pth')
+    new = built(DEIT, VIT, {}, checkpoint=tmp_path/'old.pth', in_chans=channels).eval()
+    grey = images(DEIT, SMALL, 1)
+    assert_equal(new(grey.expand(-1, channels, -1, -1)), old(grey.expand(-1, 5, -1, -1)), tol=1e-5)
 
 
 @every_finished
@@ -226,3 +237,82 @@ def test_dropout_on_weights_of_kernels_is_honoured_or_refused(name):
     with pytest.raises(ValueError, match='attn_drop'): create_model(f'dconv_{name}', img_size=SMALL[kind(name)], attn_drop_rate=.5, **VIT if name == DEIT else SWIN)
     dropping = create_model(f'ddwconv_{name}', img_size=SMALL[kind(name)], proj_drop_rate=.5, **VIT if name == DEIT else SWIN)
     assert all(m.proj_drop.p == .5 for m in dropping.modules() if hasattr(m, 'proj_drop'))
+
+
+# Modules that do more than their class says
+
+def weight_normed_tables(attn): torch.nn.utils.weight_norm(attn, 'relative_position_bias_table')
+def hooked(attn): attn.register_forward_hook(lambda module, inputs, y: 2 * y)
+def hooked_before(attn): attn.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+def hooked_behind(attn): attn.register_full_backward_hook(lambda module, grads, _: None)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('wrap', [weight_normed_tables, hooked, hooked_before, hooked_behind], ids=lambda f: f.__name__)
+def test_hooks_on_a_mixer_are_refused_by_name(wrap):
+    model = timm.create_model(SWIN_T, img_size=SMALL['swin'], num_classes=5, **SWIN)
+    wrap(model.layers[1].blocks[1].attn)
+    for operation in convert, partial(convert, kernel='depthwise'), partial(exchange, system='dconv'):
+        with pytest.raises(ValueError, match=r'layers\.1\.blocks\.1\.attn has .*hooks.*remove'): operation(model)
+    new = convert(timm.create_model(SWIN_T, img_size=SMALL['swin'], num_classes=5, **SWIN))
+    hooked(new.layers[0].blocks[0].attn)
+    with pytest.raises(ValueError, match='attn has forward hooks'): to_timm(new)
+
+
+def test_a_hook_on_rows_that_are_cut_is_refused_and_else_it_comes_along():
+    model = timm.create_model(DEIT, img_size=32, num_classes=5, **VIT).eval()
+    model.blocks[0].attn.qkv.register_forward_hook(lambda module, inputs, y: 2 * y)
+    x = torch.randn(2, 3, 32, 32)
+    assert_equal(convert(model)(x), model(x), tol=1e-5)
+    with pytest.raises(ValueError, match='qkv.*forward hooks.*remove'): convert(model, kernel='depthwise')
+
+
+@pytest.mark.parametrize('path', ['', 'blocks.1', 'blocks.0.attn.qkv'])
+def test_a_wrapped_forward_is_refused_by_name(path):
+    "A copy would go on computing with the weights of the model it was copied from."
+    model = timm.create_model(DEIT, img_size=32, num_classes=5, **VIT)
+    module = model.get_submodule(path)
+    module.forward = module.forward
+    with pytest.raises(ValueError, match=f'{path or "VisionTransformer"} has a forward of its own.*wrapper'): convert(model)
+
+
+class ScaledConv(nn.Conv2d):
+    "A convolution with a factor, as quantised and adapted ones have."
+    def forward(self, x): return 2 * super().forward(x)
+
+
+def scaled_conv(block):
+    c = block.conv_dw.in_channels
+    block.conv_dw = ScaledConv(c, c, 7, padding=3, groups=c)
+
+
+def adapted_conv(block): block.conv_dw = nn.Sequential(block.conv_dw, nn.BatchNorm2d(block.conv_dw.out_channels))
+def spectral_conv(block): torch.nn.utils.spectral_norm(block.conv_dw)
+def weight_normed_conv(block): torch.nn.utils.parametrizations.weight_norm(block.conv_dw)
+
+
+OPERATIONS = {'attention': partial(convert, selection='all'), 'depthwise': partial(convert, kernel='depthwise', pos='rel', pos_per='channel'),
+              'dconv': partial(exchange, system='dconv'), 'ddwconv': partial(exchange, system='ddwconv'), 'linformer': partial(exchange, system='linformer')}
+
+
+@pytest.mark.parametrize('wrap', [scaled_conv, adapted_conv, spectral_conv, weight_normed_conv], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('operation', OPERATIONS.values(), ids=OPERATIONS)
+def test_a_convolution_that_is_more_than_a_kernel_is_refused_by_name(operation, wrap):
+    model = timm.create_model('convnext_atto', num_classes=5, **CONVNEXT)
+    wrap(model.stages[2].blocks[1])
+    with pytest.raises(ValueError, match=r'stages\.2\.blocks\.1\.conv_dw.*(plain nn.Conv2d|hooks)'): operation(model)
+
+
+# Systems in blocks that are shared
+
+@pytest.mark.parametrize('system', ['linformer', 'dconv', 'ddwconv'])
+def test_shared_blocks_and_mixers_of_swin_stay_shared_without_windows(system):
+    body = SWIN | dict(depths=(1, 4))
+    plain = exchange(timm.create_model(SWIN_T, img_size=SMALL['swin'], num_classes=5, **body), system)
+    block, mixer = (timm.create_model(SWIN_T, img_size=SMALL['swin'], num_classes=5, **body) for _ in range(2))
+    block.layers[1].blocks[3] = block.layers[1].blocks[1]
+    mixer.layers[1].blocks[2].attn = mixer.layers[1].blocks[1].attn
+    shared, mixed = (exchange(m, system).layers[1].blocks for m in (block, mixer))
+    assert shared[3] is shared[1] and shared[2] is not shared[1]
+    assert mixed[2].attn is mixed[1].attn and mixed[2] is not mixed[1]
+    for blocks in shared, mixed: assert [type(b) for b in blocks] == [type(b) for b in plain.layers[1].blocks]

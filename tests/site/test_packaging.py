@@ -30,7 +30,7 @@ def wheel(tmp_path_factory):
                            "--wheel-dir", tmp/"dist", tmp], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     built, = (tmp/"dist").iterdir()
-    with zipfile.ZipFile(built) as z: yield {name: z.read(name).decode() for name in z.namelist()}
+    with zipfile.ZipFile(built) as z: yield {name: z.read(name).decode(errors="replace") for name in z.namelist()}
 
 
 def in_wheel(wheel, name):
@@ -41,7 +41,9 @@ def in_wheel(wheel, name):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     info = f"vitdynconv-{CONFIG['version']}.dist-info"
     code = {p for p in wheel if not p.startswith(info)}
-    assert code == {str(p.relative_to(ROOT)) for p in (ROOT/"vitdynconv").rglob("*.py")}
+    ours = [*(ROOT/"vitdynconv").rglob("*.py"), *(ROOT/"vitdynconv/bundled").iterdir()]
+    assert code == {str(p.relative_to(ROOT)) for p in ours}
+    assert "vitdynconv/bundled/LICENSE-fashion-mnist.txt" in code
 
 
 def test_wheel_says_what_settings_say(wheel):

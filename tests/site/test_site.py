@@ -15,7 +15,7 @@ SETTINGS.read(ROOT/"settings.ini")
 SETTINGS = SETTINGS["DEFAULT"]
 CONFIG = yaml.safe_load((ROOT/"_quarto.yml").read_text())
 HTML, WEBSITE = CONFIG["format"]["html"], CONFIG["website"]
-SECTIONS = ["Derivation", "Framework", "Tutorials", "Results", "Fast", "Models", "Data", "Training", "Pictures", "Commands and tools", "Reference"]
+SECTIONS = ["Derivation", "Tutorials", "Results", "Framework", "Fast", "Models", "Data", "Training", "Pictures", "Commands and tools", "Reference"]
 
 
 def flat(entries):

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
-from vitdynconv import study_plan
+from vitdynconv.study import plan as study_plan
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models.paper import TABLE2
-from vitdynconv.study_plan import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of
-from vitdynconv.study_measures import Finding, area, epochs_to, interval, measure, paired, verdict
-from vitdynconv.study_runs import best_rate, run_study, study_model
+from vitdynconv.study.plan import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of
+from vitdynconv.study.measures import Finding, area, epochs_to, interval, measure, paired, verdict
+from vitdynconv.study.predictions import ACCURACY, findings, holm, judge, p_value
+from vitdynconv.study.runs import best_rate, rate_beyond, run_study, study_model, trials_so_far
 
 COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence"
 TINY = Plan(rows=(ROWS[-1],), seeds=(1,), rates=(1e-3, 2e-3), epochs=1, copies=1)
@@ -60,7 +62,7 @@ def test_a_stopped_study_goes_on(tmp_path):
     about = json.loads((tmp_path/"study.json").read_text())
     assert about["versions"]["torch"] and about["machine"] and about["plan"]["epochs"] == 1
     with pytest.raises(ValueError, match="holds another study: epochs is 1 there and 16 here"): study_plan.open_study(dataclasses.replace(TINY, epochs=16), tmp_path)
-    with pytest.raises(ValueError, match="rows is 1 networks there and 22 networks here"): study_plan.open_study(PLANS["full"], tmp_path)
+    with pytest.raises(ValueError, match="rows is 1 networks there and 22 networks here"): study_plan.open_study(PLANS["digits"], tmp_path)
     (tmp_path/"study.json").write_text(json.dumps(about | dict(versions=about["versions"] | dict(timm="0.1"))))
     with pytest.raises(ValueError, match="timm is 0.1 there"): study_plan.open_study(TINY, tmp_path)
     (tmp_path/"study.json").unlink()
@@ -77,7 +79,7 @@ def test_a_job_that_fails_is_named_and_the_rest_is_kept(tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "vitdynconv.study", "--plan", "quick", "--out", str(tmp_path/"out"), "--workers", "1"]
+    command = [sys.executable, "-W", "ignore", "-m", "vitdynconv.study.command", "--plan", "quick", "--out", str(tmp_path/"out"), "--workers", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as run:
         while not list((tmp_path/"out"/"runs").glob("*.csv")): time.sleep(.2); assert run.poll() is None
         os.killpg(run.pid, signal.SIGINT)                                            # as a terminal does: to every process of the group
@@ -92,8 +94,9 @@ def test_a_row_of_which_every_rate_diverges_is_refused():
 
 def test_the_committed_runs_are_complete():
     "Every row, seed and epoch of the plan is in the tables that results/convergence reads."
-    plan, about = PLANS["full"], json.loads((COMMITTED/"study.json").read_text())
-    assert about["plan"] == json.loads(json.dumps(dataclasses.asdict(plan))) and about["machine"] and about["versions"]["torch"]
+    plan, about = PLANS["digits"], json.loads((COMMITTED/"study.json").read_text())
+    asked = json.loads(json.dumps(dataclasses.asdict(plan)))
+    assert about["plan"].items() <= asked.items() and about["plan"].keys() >= {"rows", "seeds", "rates", "epochs"} and about["machine"] and about["versions"]["torch"]
     history, tuning = (pd.read_csv(COMMITTED/f"{name}.csv") for name in ("history", "tuning"))
     found = lambda lines, more: sorted(map(tuple, lines[[*ROW, *more, "epoch"]].values.tolist()))
     assert found(history, ["seed"]) == sorted((*key(row), seed, epoch) for row in plan.rows for seed in plan.seeds for epoch in range(1, plan.epochs + 1))
@@ -104,11 +107,11 @@ def test_the_committed_runs_are_complete():
         assert set(lines.peak_lr) == {best_rate(trials)}, row
 
 
-@pytest.mark.parametrize("words, complaint", [(["--plan", "big"], "--plan 'big' is unknown; choose from full, quick"), (["--workers=-1"], "--workers -1 is no number"), (["--out", "{file}"], "is a file")])
+@pytest.mark.parametrize("words, complaint", [(["--plan", "big"], "--plan 'big' is unknown; choose from full, main, digits, quick"), (["--workers=-1"], "--workers -1 is no number"), (["--out", "{file}"], "is a file")])
 def test_wrong_arguments_cost_nothing(tmp_path, words, complaint):
     (tmp_path/"taken").write_text("")
     words = [word.format(file=tmp_path/"taken") for word in words]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "vitdynconv.study", *words], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "vitdynconv.study.command", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and complaint in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["taken"]
 
@@ -132,3 +135,50 @@ def test_differences_are_paired_by_seed():
     assert verdict(Finding("", "", ROWS[0], ROWS[1], "accuracy", "more"), runs)["verdict"] == "confirmed"
     assert verdict(Finding("", "", ROWS[0], ROWS[1], "accuracy", "less"), runs)["verdict"] == "contradicted"
     assert verdict(Finding("", "", ROWS[0], ROWS[1], "accuracy", "more", (ROWS[0], ROWS[1])), runs)["mean"] == 0
+
+
+def test_the_fashion_plan_starts_with_the_main_rows_and_lets_no_optimum_stay_at_an_end():
+    full, main = PLANS["full"], PLANS["main"]
+    assert full.data == main.data == "fashion" and full.rows[:len(main.rows)] == main.rows and set(ROWS) <= set(full.rows)
+    assert {(row.activation, row.kernel) for row in main.rows if row.base == "swin"} == {(a, "pair") for a in ("softmax", "scaling", "scaling_relu", "ln", "ln_relu")} | {("scaling", "depthwise")}
+    assert all(row.pos == "rel" for row in main.rows) and len(main.seeds) >= 5 and main.extend > 0
+    for base, size in ("vit", 28), ("swin", 24): assert study_model(next(r for r in main.rows if r.base == base), 1, "fashion")(torch.zeros(2, 1, size, size)).shape == (2, 10)
+
+
+def test_a_list_of_rates_grows_until_the_best_has_worse_ones_on_both_sides(tmp_path):
+    plan = dataclasses.replace(PLANS["main"], rows=PLANS["main"].rows[:1], rates=(1e-3, 2e-3), extend=3)
+    row, losses = plan.rows[0], {1e-3: .5, 2e-3: .4, 4e-3: .3, 8e-3: .6}
+    (tmp_path/"runs").mkdir()
+    def write(lr): pd.DataFrame([dict(epoch=1, peak_lr=lr, valid_loss=losses[lr])]).to_csv(Job(row, plan.tuning_seed, lr, "tune").file(tmp_path), index=False)
+    assert trials_so_far(plan, row, tmp_path)[1] is None, "nothing is known yet"
+    for lr in plan.rates: write(lr)
+    for lr in 4e-3, 8e-3:
+        assert trials_so_far(plan, row, tmp_path)[1].lr == lr
+        write(lr)
+    jobs, further = trials_so_far(plan, row, tmp_path)
+    assert further is None and [job.lr for job in jobs] == [1e-3, 2e-3, 4e-3, 8e-3]
+    losses |= {8e-3: .2, 16e-3: .1}
+    for lr in 8e-3, 16e-3: write(lr)
+    assert trials_so_far(plan, row, tmp_path)[1] is None, "three times at most"
+    assert rate_beyond(pd.DataFrame(dict(epoch=1, peak_lr=[1e-3, 2e-3], valid_loss=[.1, .2]))) == 5e-4
+
+
+def test_every_prediction_is_about_rows_that_are_run():
+    every = findings((.7, .5))
+    assert {f.row for f in every} | {f.other for f in every} | {r for f in every if f.minus for r in f.minus} <= set(ROWS)
+    assert len(every) == len(ACCURACY) + 24 and len({f.claim for f in every}) == len(every)
+
+
+def test_holm():
+    assert holm([.01, .04, .03, .005]) == pytest.approx([.03, .06, .06, .02]) and holm([.6, .9]) == [1, 1]
+    row, other = ROWS[0], ROWS[1]
+    runs = pd.DataFrame([dict(dataclasses.asdict(each), seed=s, accuracy=a) for each, values in ((row, (3, 4.2, 5, 5.8)), (other, (1, 2, 3, 4))) for s, a in enumerate(values)])
+    one = Finding("", "", row, other, "accuracy", "more")
+    assert p_value(one, runs) == pytest.approx(stats.ttest_1samp([2, 2.2, 2, 1.8], 0).pvalue)
+    assert judge([one], runs).verdict.tolist() == ["confirmed"]
+    weak = runs.assign(accuracy=[1.2, 2.6, 3.1, 4.7, 1, 2, 3, 4])
+    assert verdict(one, weak)["verdict"] == "not visible" or p_value(one, weak) < .05
+    near = runs.assign(accuracy=[1.5, 3., 3.9, 5.4, 1, 2, 3, 4])                      # alone it is confirmed; among ten it may be luck
+    assert verdict(one, near)["verdict"] == "confirmed" and judge([one]*10, near).verdict.tolist() == ["not visible"]*10
+    good = dataclasses.replace(one, expected="as good")
+    assert p_value(good, near) < p_value(one, near), "as good is measured from the margin"

@@ -16,7 +16,7 @@ from inspect import signature
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..tools.testing import Difference
+from ..tools.testing import Difference, largest
 
 # %% ../../nbs/framework/02_reference.ipynb #6493b826
 def slope(
@@ -55,12 +55,14 @@ def difference_from_reference(
     cotangent = unit_direction(expected.shape, seed=0) * math.sqrt(expected.size)
     grads = torch.autograd.grad(actual, list(tensors.values()), torch.tensor(cotangent).to(actual),
                                 materialize_grads=True)
-    gradients = 0.
+    found, wanted = [], []
     for seed, (name, grad) in enumerate(zip(tensors, grads), 1):
         direction = unit_direction(grad.shape, seed)
-        found = float((grad.double().numpy() * direction).sum())
-        gradients = max(gradients, abs(found - slope(reference, arrays, name, direction, cotangent)))
-    return Difference(float(np.abs(actual.detach().double().numpy() - expected).max()), gradients)
+        found.append((grad.double() * torch.tensor(direction)).sum())
+        wanted.append(slope(reference, arrays, name, direction, cotangent))
+    slopes = torch.stack(found), torch.tensor(wanted, dtype=torch.float64)
+    outputs = actual.detach().double(), torch.tensor(expected)
+    return Difference(largest([outputs]), largest([slopes]))
 
 # %% ../../nbs/framework/02_reference.ipynb #2a6dfd32
 def parameter_names(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_selection', 'align_mask', 'TokenMixer', 'resize_activation', 'activation_on_grid', 'with_dropout', 'split_heads',
-           'DynamicConvAttention', 'copy_module', 'is_plain_linear', 'layer_size', 'timm_settings', 'timm_position',
-           'copy_weights']
+           'DynamicConvAttention', 'copy_module', 'hooks_of', 'is_plain', 'layer_size', 'timm_settings',
+           'timm_position', 'copy_weights']
 
 # %% ../../nbs/layers/05_attention.ipynb #0f21286f
 import copy
@@ -376,11 +376,24 @@ def copy_module(
             if isinstance(value, Tensor) and not value.is_leaf: memo[id(value)] = value.detach().clone()
     return copy.deepcopy(module, memo)
 
-def is_plain_linear(
+def hooks_of(
+    module: nn.Module, # any module
+) -> list[str]:        # torch's collections of hooks that are not empty, and a `forward` of its own
+    "What would be lost if a module made of the same weights took its place."
+    found = ['a forward of its own'] if 'forward' in vars(module) else []
+    for name, hooks in vars(module).items():
+        acts = 'forward' in name or 'backward' in name
+        if acts and name.endswith('hooks') and hooks: found.append(name.strip('_').replace('_', ' '))
+    return found
+
+def is_plain(
     layer: nn.Module,
+    cls: type = nn.Linear,
 ) -> bool:
-    "Is this `nn.Linear` with nothing but a weight and a bias: no parametrization, adapter or quantisation?"
-    return type(layer) is nn.Linear and set(layer.state_dict()) <= {'weight', 'bias'}
+    """Is this a layer of exactly this class, with nothing but a weight and a bias: no parametrization,
+    adapter, quantisation or hook?"""
+    only = set(layer.state_dict()) <= {'weight', 'bias'}
+    return type(layer) is cls and only and not hooks_of(layer)
 
 # %% ../../nbs/layers/05_attention.ipynb #layersz1
 @torch.no_grad()
@@ -389,7 +402,7 @@ def layer_size(
     name: str,        # what it is called, for errors
 ) -> tuple[int, int]: # channels that it takes, channels that it gives
     "The shape of a layer: read off it, or found by running it on a zero. ValueError if that is not possible."
-    if is_plain_linear(layer): return layer.in_features, layer.out_features
+    if is_plain(layer): return layer.in_features, layer.out_features
     kind = f'{name} is a {type(layer).__module__}.{type(layer).__name__}'
     taken = next((m.in_features for m in layer.modules() if hasattr(m, 'in_features')), None)
     if taken is None:

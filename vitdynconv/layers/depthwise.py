@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from timm.layers import register_notrace_module
 from .attention import TokenMixer, split_heads
-from .attention import copy_module, copy_weights, is_plain_linear, timm_settings
+from .attention import copy_module, copy_weights, hooks_of, is_plain, timm_settings
 from .equivalence import with_position
 
 # %% ../../nbs/layers/06_depthwise.ipynb #b9688281
@@ -154,13 +154,14 @@ def query_and_key(
     apart."""
     if hasattr(attn, 'qk'): return copy_module(attn.qk)
     qkv = attn.qkv
-    if not is_plain_linear(qkv):
-        weights = ', '.join(qkv.state_dict()) or 'no weights'
+    if not is_plain(qkv):
+        weights = ', '.join([*qkv.state_dict(), *hooks_of(qkv)]) or 'no weights'
         raise ValueError(f'qkv of {type(attn).__name__} is a {type(qkv).__module__}.{type(qkv).__name__} '
                          f'with {weights}; '
                          'depth-wise attention keeps the rows of query and key only, which can be cut '
                          'out of a plain '
-                         'nn.Linear: merge or remove the parametrization, adapter or quantisation first')
+                         'nn.Linear: merge or remove the parametrization, adapter, quantisation '
+                         'or hook first')
     rows = 2 * qkv.out_features // 3
     qk = nn.Linear(qkv.in_features, rows, bias=qkv.bias is not None, device=qkv.weight.device,
                    dtype=qkv.weight.dtype)

@@ -95,7 +95,8 @@ def resize_per_kernel(
     part. Unchanged if the grid is."""
     if tuple(old_grid) == tuple(new_grid): return weight
     prefix, grid = weight[:num_prefix_tokens], weight[num_prefix_tokens:]
-    image = grid.float().reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    half = grid.dtype in (torch.half, torch.bfloat16)    # which the interpolation lacks
+    image = (grid.float() if half else grid).reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
     image = F.interpolate(image, tuple(new_grid), mode='bicubic', antialias=True, align_corners=False)
     return torch.cat([prefix, image[0].flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)])
 

@@ -16,7 +16,7 @@ from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn, Tensor
 from ..layers.activations import Softmax
-from ..layers.attention import DynamicConvAttention, copy_module, layer_size
+from ..layers.attention import DynamicConvAttention, copy_module, hooks_of, layer_size
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.selection import AllKernels
 
@@ -151,6 +151,11 @@ def copied(self: Backbone) -> Backbone:
     """A copy of the model in the class of converted models, with its adapter. ValueError for modules that
     cannot be copied."""
     old = self.model
+    for name, module in old.named_modules():
+        if 'forward' not in vars(module): continue
+        raise ValueError(f'{name or type(old).__name__} has a forward of its own, with which a copy would '
+                         'go on computing on the old weights; take the wrapper off first, for example by '
+                         'accelerate.hooks.remove_hook_from_module(model, recurse=True)')
     try: new = copy_module(old)
     except RuntimeError as e: raise ValueError(f'{type(old).__name__} cannot be copied: {e}') from e
     if self.ours and type(old) is self.theirs: new = rebuilt(new, self.ours)
@@ -163,6 +168,15 @@ def prepare(self: Backbone) -> None: "Exchange parts of a copied model that must
 
 @patch
 def restore(self: Backbone) -> None: "The inverse of `prepare`, for `to_timm`."
+
+@patch
+def check_mixer(self: Backbone, path: str, mixer: nn.Module) -> None:
+    """Refuse a mixer that does more than its class says, which a new one would lose: ValueError with the
+    way out."""
+    hooks = ' and '.join(hooks_of(mixer))
+    if not hooks: return
+    raise ValueError(f'{path} has {hooks}, which a new mixer would lose; remove them first and register '
+                     'them on the new model')
 
 # %% ../../nbs/models/01_adapter.ipynb #bb004me
 @patch
@@ -188,6 +202,11 @@ def put(self: Backbone, place: Place, mixer: nn.Module) -> str:
     "Place a mixer of tokens, (b, n, dim) to the same; returns its path."
     set_module(self.model, place.path, mixer)
     return place.path
+
+@patch
+def share(self: Backbone, path: str, first: str) -> None:
+    "Put the mixer that stands at `first` at another place as well."
+    set_module(self.model, path, self.model.get_submodule(first))
 
 @patch
 def set_position(self: Backbone, pos: str) -> None:

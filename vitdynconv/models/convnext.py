@@ -12,6 +12,7 @@ from timm.layers import to_2tuple
 from timm.models import register_notrace_module
 from timm.models.convnext import ConvNeXt
 from torch import nn, Tensor
+from ..layers.attention import is_plain
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.position import kernel_to_table
 from .adapter import Backbone, Converted, Place, set_module
@@ -81,6 +82,16 @@ class ConvNeXtBackbone(Backbone):
             if size[0] is not None: size = size_after(stage.downsample, size)
             grids[f'stages.{i}'] = None if size[0] is None else size
         return grids
+
+    def check_mixer(self, path, mixer):
+        "Only a plain convolution can be exchanged, or a mixer from an earlier conversion."
+        super().check_mixer(path, mixer)
+        if isinstance(mixer, MapMixer) or is_plain(mixer, nn.Conv2d): return
+        weights = ', '.join(mixer.state_dict()) or 'no weights'
+        kind = f'{type(mixer).__module__}.{type(mixer).__name__}'
+        raise ValueError(f'{path} is a {kind} with {weights}; only a plain nn.Conv2d can be '
+                         'exchanged: merge or remove the parametrization, adapter or '
+                         'quantisation first, or start from the model as it was')
 
     def place(self, path):
         grid = self.grids()[path.partition('.blocks')[0]]

@@ -265,3 +265,6 @@ def paper_model(
         raise ValueError(f'unknown base {base!r}; choose one of {", ".join(PAPER_BASES)}')
     if (base, kernel) == ('swin_t', 'depthwise'): timm_kwargs = dict(pos_per='channel') | timm_kwargs
     return create_model(PAPER_BASES[base], activation, kernel, pos, class_token, **timm_kwargs)
+
+# %% ../../nbs/models/10_registry.ipynb #fw1reg
+from . import bundled

@@ -214,7 +214,7 @@ def exchange_mixers(
     for path, old in backbone.mixers().items():
         if id(old) in done:
             first = done[id(old)]
-            set_module(backbone.model, path, backbone.model.get_submodule(first))
+            backbone.share(path, first)
             moved |= {path + name.removeprefix(first): (path + source.removeprefix(first), note)
                       for name, (source, note) in moved.items() if name.startswith(f'{first}.')}
         else:
@@ -256,8 +256,9 @@ def operate(
 ) -> nn.Module:                      # the new model, with its report in `conversion`
     """The frame of every operation: copy, class token, position, mixers, report. Weights that were frozen
     stay so."""
-    backbone_of(model).mixers()      # refuses before anything is copied
-    backbone = backbone_of(model).copied()
+    old = backbone_of(model)
+    for path, mixer in old.mixers().items(): old.check_mixer(path, mixer)   # before anything is copied
+    backbone = old.copied()
     new = backbone.model
     moved = {} if class_token is None else backbone.set_class_token(class_token)
     if pos is not None: backbone.set_position(pos)
@@ -342,6 +343,7 @@ def to_timm(
     if reasons:
         more = f' (and {len(reasons) - 1} more)' if len(reasons) > 1 else ''
         raise ValueError(f"{type(model).__name__} has no equal among timm's models: {reasons[0]}{more}")
+    for path, mixer in old.mixers().items(): old.check_mixer(path, mixer)
     backbone = old.copied()
     tied = tied_names(model)
     exchange_mixers(backbone, lambda place: put_timms(backbone, place))

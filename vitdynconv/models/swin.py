@@ -143,10 +143,20 @@ class SwinBackbone(Backbone):
 
     def put_whole(self, place: Place, mixer: nn.Module) -> None:
         "Place a mixer of the tokens of a whole map."
-        path = place.path.rpartition('.')[0]
-        block = rebuilt(self.model.get_submodule(path), WholeMapBlock)
+        old = self.block_of(place.path)
+        block = rebuilt(old, WholeMapBlock)
         block.attn = mixer
-        set_module(self.model, path, block)
+        for path, other in self.find_blocks().items():
+            if other is old: set_module(self.model, path, block)
+
+    def share(self, path: str, first: str) -> None:
+        """Put the mixer that stands at `first` at another place as well, without windows if it
+        has none there."""
+        mixer, own = self.model.get_submodule(first), self.block_of(path)
+        whole = isinstance(self.block_of(first), WholeMapBlock)
+        if whole and not isinstance(own, WholeMapBlock):
+            self.put_whole(self.place(path), mixer)
+        else: own.attn = mixer
 
 # %% ../../nbs/models/03_swin.ipynb #bb012pr
 @patch

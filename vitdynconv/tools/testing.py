@@ -6,6 +6,7 @@
 __all__ = ['assert_equal', 'Difference', 'largest', 'difference']
 
 # %% ../../nbs/tools/00_testing.ipynb #a0testim
+import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
@@ -32,9 +33,10 @@ class Difference(NamedTuple):
 def largest(
     pairs, # pairs of tensors, equal in shape
 ) -> float: # max |a - b| over all pairs; 0 without any
-    "The largest absolute difference; a NaN in any tensor is the answer, because nothing is smaller than NaN."
-    gaps = [(a - b).abs().max() for a, b in pairs if a.numel()]
-    return torch.stack(gaps).max().item() if gaps else 0.
+    "The largest absolute difference. A NaN in any tensor is infinitely far: `max` and `<` pass over NaN itself."
+    gaps = [(a - b).abs().max().item() for a, b in pairs if a.numel()]
+    if any(map(math.isnan, gaps)): return math.inf
+    return max(gaps, default=0.)
 
 # %% ../../nbs/tools/00_testing.ipynb #daa00f90
 def difference(

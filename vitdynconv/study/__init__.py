@@ -1,0 +1,12 @@
+"The study: what is trained, the runs, the measures, the command. Names are imported when they are first used."
+from vitdynconv import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    plan="PLANS ROW ROWS Job Plan Row",
+    runs="run_study study_model train_run",
+    measures="Finding draw_verdicts measure verdict",
+    predictions="findings holm judge",
+    weights="train_weights",
+    command="vdc_study",
+)
