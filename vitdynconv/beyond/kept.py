@@ -24,7 +24,10 @@ def noting(
     "`attention`, and a note of the share of kernels with a weight other than zero, head by head."
     def counted(logits, bias=None, mask=None):
         weights = activation(logits, bias=bias, mask=mask)
-        notes.append((weights != 0).double().mean((0, 2, 3)))
+        # Eq. 4 adds B behind the activation
+        added = bias is not None and not getattr(activation, 'bias_in_logits', True)
+        answers = activation(logits, mask=mask) if added else weights
+        notes.append((answers != 0).double().mean((0, 2, 3)))
         return weights
     return attention(q, k, v, counted, bias, mask, position)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from ..data import cluttered_digits_dls
 from ..models.registry import create_model
-from ..study_runs import BODIES
+from ..study.runs import BODIES
 from ..tools.files import replacing
 from ..train.learner import create_learner
 from ..train.recipes import RECIPES
