@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from ..data import cluttered_digits_dls
 from ..models.registry import create_model
-from ..study.runs import BODIES
+from ..study.runs import DIGITS_BODIES
 from ..tools.files import replacing
 from ..train.learner import create_learner
 from ..train.recipes import RECIPES
@@ -33,7 +33,7 @@ class Network:
         torch.manual_seed(seed)
         return create_model(self.name, num_classes=10, **self.settings)
 
-VIT, SWIN = dict(BODIES['vit'][1]), dict(BODIES['swin'][1])
+VIT, SWIN = dict(DIGITS_BODIES['vit'][1]), dict(DIGITS_BODIES['swin'][1])
 CONVNEXT = dict(dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), patch_size=2, img_size=32)
 PYRAMID = dict(embed_dims=(32, 48, 64), depths=(1, 1, 2), num_heads=(2, 3, 4), strides=(1, 2, 2),
                patch_size=2,
@@ -44,7 +44,7 @@ MIXERS['match_size'] = MIXERS['img_size']
 
 def vit(title: str, **settings) -> Network:
     "The small ViT with these settings."
-    return Network(title, BODIES['vit'][0], VIT | settings)
+    return Network(title, DIGITS_BODIES['vit'][0], VIT | settings)
 
 # %% ../../nbs/beyond/06_plan.ipynb #a8c04a12
 POSITIONS = [vit(f'vit-{pos}-k{k}', pos=pos, kernel_size=k) for pos in ('none', 'abs', 'rel') for k in (1, 3)]
@@ -52,7 +52,7 @@ POSITIONS = [vit(f'vit-{pos}-k{k}', pos=pos, kernel_size=k) for pos in ('none', 
 PYRAMIDS = [Network(f'pyramid-{act}', 'pyramid_tiny', PYRAMID | dict(activation=act))
             for act in ('softmax', 'ln_relu')]
 PYRAMIDS += [Network('pyramid-depthwise', 'pyramid_tiny', PYRAMID | dict(kernel='depthwise', pos='rel'))]
-PYRAMIDS += [Network('swin-softmax', BODIES['swin'][0], SWIN)]
+PYRAMIDS += [Network('swin-softmax', DIGITS_BODIES['swin'][0], SWIN)]
 
 ALONE = []
 for variant in 'deep', 'wide':
