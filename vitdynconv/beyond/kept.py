@@ -19,7 +19,7 @@ from ..layers.selection import TopKernels
 # %% ../../nbs/beyond/04_kept.ipynb #828dbb06
 def noting(
     notes: list,               # gets (heads,) shares
-    q: Tensor, k: Tensor, v: Tensor, activation, bias=None, mask=None, position=None,
+    q: Tensor, k: Tensor, v: Tensor, activation: Callable, bias=None, mask=None, position=None, # as for `attention`
 ) -> Tensor:
     "`attention`, and a note of the share of kernels with a weight other than zero, head by head."
     def counted(logits, bias=None, mask=None):

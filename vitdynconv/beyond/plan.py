@@ -148,7 +148,9 @@ def train_networks(
             lines = train_network(NETWORKS[title], seed, **options)
             with replacing(file) as f: f.write(lines.to_csv(index=False).encode())
 
-def read_networks(out) -> pd.DataFrame: # one line for each epoch; empty where nothing was trained
+def read_networks(
+    out,              # folder of `train_networks`
+) -> pd.DataFrame:    # one line for each epoch; empty where nothing was trained
     "What was trained so far."
     files = sorted(Path(out).glob('*-seed*.csv'))
     if not files: return pd.DataFrame()

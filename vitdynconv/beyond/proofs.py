@@ -8,6 +8,7 @@ __all__ = ['taps_at', 'kernels_with_taps', 'large_attention', 'large_depthwise',
            'AsTables', 'beyond_proofs']
 
 # %% ../../nbs/beyond/05_proofs.ipynb #61de9bdf
+from collections.abc import Callable
 from functools import partial
 import numpy as np
 import torch
@@ -56,7 +57,14 @@ def kernels_with_taps(x: np.ndarray, state: dict, heads: int, parts: int, size: 
         kernels.append(np.stack([*rest[:others // 2], center, *rest[others // 2:]], 3))
     return [q, *kernels]
 
-def large_attention(x: np.ndarray, state: dict, heads: int, grid, prefix: int, size: int) -> np.ndarray:
+def large_attention(
+    x: np.ndarray,         # (b, n, c) tokens
+    state: dict,           # `qkv`, `taps`, `proj`, and a position table if there is one
+    heads: int,
+    grid: tuple[int, int], # (H, W)
+    prefix: int,           # tokens in front of the map
+    size: int,             # k
+) -> np.ndarray:           # (b, n, c)
     "Softmax attention with kernels of k x k (section 5), token by token: (b, n, c) to the same."
     q, K, V = kernels_with_taps(x, state, heads, 2, size)
     bias = reference.bias_of(state, grid, prefix)
@@ -72,7 +80,14 @@ def large_attention(x: np.ndarray, state: dict, heads: int, grid, prefix: int, s
     return reference.linear(reference.join_heads(y), state, 'proj')
 
 # %% ../../nbs/beyond/05_proofs.ipynb #29132c97
-def large_depthwise(x: np.ndarray, state: dict, heads: int, grid, prefix: int, size: int) -> np.ndarray:
+def large_depthwise(
+    x: np.ndarray,         # (b, n, c) tokens
+    state: dict,           # `qk`, `taps`, `proj`, and a position table if there is one
+    heads: int,
+    grid: tuple[int, int], # (H, W)
+    prefix: int,           # tokens in front of the map
+    size: int,             # k
+) -> np.ndarray:           # (b, n, c)
     "Eq. 5 with kernels of k x k, token by token: (b, n, c) to the same."
     q, K = kernels_with_taps(x, state, heads, 1, size)
     bias = reference.bias_of(state, grid, prefix)
@@ -84,7 +99,11 @@ def large_depthwise(x: np.ndarray, state: dict, heads: int, grid, prefix: int, s
         rows.append(y)
     return reference.linear(reference.join_heads(np.stack(rows, 2)), state, 'proj')
 
-def large_tokens(dtype, mixer: type, definition) -> Comparison:
+def large_tokens(
+    dtype: torch.dtype,
+    mixer: type,
+    definition: Callable, # in NumPy, of tokens and weights
+) -> Comparison:
     "Kernels of 3 x 3 with a class token and tables, tokens (2, 13, 8)."
     grid = 3, 4
     ours = prepared(mixer(8, 2, kernel_size=3, pos='rel', grid_size=grid, num_prefix_tokens=1), dtype)
@@ -157,7 +176,10 @@ def mixer_alone(dtype: torch.dtype) -> Comparison:
     return Comparison(computed, theirs.forward, dict(x=normal(2, 12, 16, dtype=dtype)), weights)
 
 # %% ../../nbs/beyond/05_proofs.ipynb #c866658d
-def static_kernel(dtype, make) -> Comparison:
+def static_kernel(
+    dtype: torch.dtype,
+    make: Callable, # the convolution -> a module that took it over
+) -> Comparison:
     "A mixer that took over a depth-wise 7 x 7 convolution against that convolution, maps (2, 8, 6, 5)."
     static = prepared(nn.Conv2d(8, 8, 7, padding=3, groups=8), dtype)
     ours = make(static).to(dtype).eval()
