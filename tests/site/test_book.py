@@ -39,11 +39,12 @@ def words(page):
 # Habits of style that make a reader stumble
 
 THING = (r"(?:block|call|channel|class|column|core|digit|element|entry|epoch|file|folder|GPU|group|head|image|kernel|layer|line|machine|model|network|page|"
-         r"parameter|picture|pixel|place|position|process|query|record|row|run|second|seed|side|step|table|task|thread|tile|token|weight|window|word)")
+         r"parameter|picture|pixel|place|position|process|query|record|row|run|second|seed|side|slot|step|table|task|thread|tile|token|weight|window|word)")
 NUMBER = r"(?:two|three|four|five|six|seven|eight|nine|ten|dozens of|\d[\d,.]*)"
 TICS = {
     "one table per channel, not 'a table a channel'": rf"\b(?:a|an|one) {THING} (?:a|an) {THING}\b",
     "two numbers per position, not 'two numbers a position'": rf"\b{NUMBER} (?:[\w-]+ )?(?!(?:as|is|has|was|does|makes|takes|needs|gives)\b)[\w-]+s (?:a|an) {THING}\b",
+    "one per slot, not 'one a slot'": rf"\b(?:one|two|three|four) (?:a|an) {THING}\b",
     "say what it is, not 'of ours'": r"\b(?:one|some|time|network|networks|helper|model|models|module|run|runs|data) of ours\b",
     "anyone who": r"\bwho(?:m)?ever\b",
     "permanently": r"\bfor good\b",
@@ -58,7 +59,7 @@ def tics(text):
 
 
 @pytest.mark.parametrize("text", [
-    "one table a channel", "a folder a class", "two numbers a position", "8 kernels an image", "two parallel attentions a block", "a helper network of ours",
+    "one table a channel", "a folder a class", "two numbers a position", "weights, one a slot", "8 kernels an image", "two parallel attentions a block", "a helper network of ours",
     "Whoever computes it", "It is gone for good.", "the table beside it", "not for nothing", "the tables are the mixer's affair"])
 def test_a_habit_is_found(text): assert tics(text)
 
