@@ -96,7 +96,7 @@ MUTANTS = [
     Mutant("surgery", "q_norm not carried over", ATT, "ours = cls(**timm_settings(attn)", "attn.q_norm = nn.Identity()\n    ours = cls(**timm_settings(attn)", "layers/test_reference_mixers.py carried"),
     Mutant("surgery", "hooks lost", "models/adapter.py", "hooks = ' and '.join(hooks_of(mixer))", "hooks = ''", "models/test_weights.py hooks_on"),
     Mutant("surgery", "shared parameters untied", "models/surgery.py", "tie_again(new, tied_names(model), moved)", "pass", "models/test_weights.py shares"),
-    Mutant("surgery", "shared blocks keep their windows", "models/swin.py", "if other is old: set_module(self.model, path, block)", "if path + '.attn' == place.path: set_module(self.model, path, block)", "models/test_weights.py shared_blocks"),
+    Mutant("surgery", "shared blocks keep their windows", "models/adapters/swin.py", "if other is old: set_module(self.model, path, block)", "if path + '.attn' == place.path: set_module(self.model, path, block)", "models/test_weights.py shared_blocks"),
     Mutant("surgery", "channels of the stem averaged twice", "models/fitting.py", "weight.sum(1, keepdim=True).expand", "weight.mean(1, keepdim=True).expand", "models/test_weights.py other_channels"),
     Mutant("surgery", "per-kernel weights resized by the nearest", POS, "mode='bicubic', antialias=True, align_corners=False)\n    return torch.cat", "mode='nearest')\n    return torch.cat", "layers/test_reference_mixers.py ramp"),
 ]

@@ -5,7 +5,8 @@ from importlib import import_module
 
 
 def lazy_names(package, **modules):
-    "`__getattr__`, `__dir__` and `__all__` for a package that offers `modules`' names (one string each) without importing them."
+    """`__getattr__`, `__dir__` and `__all__` for a package that offers `modules`' names (one string each) without
+    importing them."""
     home = {name: module for module, names in modules.items() for name in names.split()}
 
     def __getattr__(name):

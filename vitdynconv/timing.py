@@ -89,6 +89,7 @@ class Row:
                     bound=show(self.bound, 3), goal=show(self.goal, 3), met=self.met,
                     machine=f'moved {self.moved:.0f}%' if noisy else '', MB=memory)
 
+# %% ../nbs/timing.ipynb #c78935ee
 def compare(
     taken: dict[str, list[float]], # from `race`
     name: str,                     # the work
@@ -118,7 +119,9 @@ class Setting:
     compiled: bool = False  # torch.compile
 
     @property
-    def dtype(self) -> torch.dtype: return torch.bfloat16 if self.amp else torch.float32
+    def dtype(self) -> torch.dtype:
+        "Of the tensors that are timed."
+        return torch.bfloat16 if self.amp else torch.float32
 
 # %% ../nbs/timing.ipynb #f2a977d7
 class Limit:

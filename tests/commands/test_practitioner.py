@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import settings
 from PIL import Image
 from safetensors import safe_open
 
 from vitdynconv import load_run, predict
+from vitdynconv.bench import vdc_bench
 from vitdynconv.demo import vdc_demo
+from vitdynconv.framework.commands import vdc_equiv
+from vitdynconv.models.commands import vdc_convert, vdc_cost
 from vitdynconv.train.evaluate import vdc_eval
 from vitdynconv.train.export import vdc_export
 from vitdynconv.train.prediction import vdc_predict
+from vitdynconv.train.recipes import RECIPES
 from vitdynconv.train.record import LOCK, RunLock
 from vitdynconv.train.run import vdc_train
 from vitdynconv.study.command import vdc_study
@@ -131,6 +136,31 @@ def test_an_export_that_differs_is_not_written(home, tmp_path, monkeypatch, caps
     monkeypatch.setattr(export, "torch_program", lambda run: torch.export.export(torch.nn.Flatten(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)))
     with pytest.raises((SystemExit, RuntimeError)): vdc_export(run=str(home/"RUN"), format="torch", out=str(tmp_path/"out.pt2"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_pictures_it_gets_wrong_are_shown(home):
+    import numpy as np
+    picture = np.asarray(Image.open(home/"RUN/mistakes.png").convert("RGB"))
+    assert picture.shape[1] > 600 and picture.std() > 20
+
+
+def test_the_average_of_a_short_run_remembers_a_part_of_it(home):
+    "Ten steps with a decay of .99 would leave the average where it began."
+    recipe = json.loads((home/"RUN/recipe.json").read_text())
+    assert recipe["ema_decay"] == 0 and RECIPES["pictures"].ema_decay == .99
+    from vitdynconv.train.run import fit_to_pictures
+    assert fit_to_pictures(RECIPES["pictures"].replace(epochs=200), home/"pictures", {}).ema_decay == pytest.approx(1 - 10 / 1000)
+    assert fit_to_pictures(RECIPES["pictures"], home/"pictures", {"ema_decay"}).ema_decay == .99
+
+
+def test_a_plan_counts_and_writes_nothing(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    before = sorted(home.rglob("*"))
+    vdc_train(data="pictures", plan=True, out="PLANNED", gpus=2, gpu_memory=8., batch_size="8", **SMALL)
+    said = capsys.readouterr().out
+    assert "30 training images, 3 classes; 2 epochs, 6 steps" in said and "it fits" in said and "measured here" in said
+    for word in "weights", "gradients", "moments", "backward pass", "GPU hours", "cores": assert word in said
+    assert sorted(home.rglob("*")) == before
 
 
 # Changed data
@@ -254,7 +284,30 @@ WRONG = {
     "options that would be ignored": [
         (vdc_train, dict(resume="RUN", recipe="digits")), (vdc_train, dict(resume="RUN", epochs="3")), (vdc_train, dict(resume="RUN", set="lr=1")),
         (vdc_train, dict(resume="RUN", out="NEW")), (vdc_train, dict(resume="RUN", reader="hfds/x")), (vdc_train, dict(out="NEW", changed_data=True)),
-        (vdc_eval, dict(checkpoint="RUN/model.safetensors", weights="ema")),
+        (vdc_eval, dict(checkpoint="RUN/model.safetensors", weights="ema")), (vdc_train, dict(out="NEW", lr="1", set="lr=2")), (vdc_train, dict(out="NEW", gpus=8)),
+        (vdc_train, dict(plan=True, resume="RUN")), (vdc_train, dict(resume="auto")), (vdc_train, dict(out="RUN", resume="auto", data="pictures", epochs="3")),
+        (vdc_train, dict(resume="RUN/last.ckpt", lr="1e-4")), (vdc_train, dict(resume="RUN/last.ckpt", out="NEW", depth="2", epochs="9")),
+        (vdc_train, dict(resume="RUN/last.ckpt", out="NEW", recipe="digits")), (vdc_cost, dict(table=3, activation="ln")), (vdc_cost, dict(table=3, input_size=96)),
+    ],
+    "a folder or a file of a run": [
+        (vdc_train, dict(out="RUN/part", data="pictures")), (vdc_demo, dict(out="RUN")), (vdc_study, dict(out="RUN/study")), (vdc_eval, dict(checkpoint="RUN", csv="RUN/history.csv")),
+        (vdc_predict, dict(images=["pictures"], run="RUN", json="RUN/run.json")), (vdc_export, dict(run="RUN", format="timm", out="RUN/model.safetensors")),
+        (vdc_export, dict(run="RUN", format="hf", out="RUN/hub")), (vdc_convert, dict(model="deit_tiny_patch16_224", out="RUN/best.safetensors")),
+        (vdc_cost, dict(model="deit_tiny_patch16_224", csv="RUN/history.csv")), (vdc_bench, dict(csv="RUN/history.csv")), (vdc_bench, dict(out="RUN")),
+        (vdc_equiv, dict(json="RUN/recipe.json")),
+    ],
+    "the other commands": [
+        (vdc_demo, dict(out="text")), (vdc_demo, dict(out="NEW", epochs=-1)), (vdc_demo, dict(out="NEW", variants="soft")), (vdc_demo, dict(out="NEW", variants="")),
+        (vdc_demo, dict(out="NEW", threads=0)), (vdc_demo, dict(out="NEW", seed=-1)), (vdc_study, dict(out="NEW", plan="x")), (vdc_study, dict(out="NEW", workers=-2)),
+        (vdc_study, dict(out="text")), (vdc_equiv, dict(tol=-1.)), (vdc_equiv, dict(tol=float("nan"))), (vdc_equiv, dict(csv="empty")),
+        (vdc_cost, dict()), (vdc_cost, dict(table=2)), (vdc_cost, dict(model="deit_tin")), (vdc_cost, dict(model="deit_tiny_patch16_224", input_size=7)),
+        (vdc_cost, dict(model="deit_tiny_patch16_224", by="x")), (vdc_cost, dict(model="deit_tiny_patch16_224", activation="sofmax")),
+        (vdc_cost, dict(model="deit_tiny_patch16_224", kernel="dense")), (vdc_cost, dict(model="resnet18", activation="ln")),
+        (vdc_convert, dict(model="deit_tiny_patch16_224")), (vdc_convert, dict(model="deit_tiny_patch16_224", out="x.bin")), (vdc_convert, dict(model="nope", out="x.safetensors")),
+        (vdc_convert, dict(model="deit_tiny_patch16_224", out="x.safetensors", checkpoint="text")), (vdc_convert, dict(model="deit_tiny_patch16_224", out="nowhere/x.safetensors")),
+        (vdc_convert, dict(model="resnet18", out="x.safetensors")), (vdc_bench, dict(suite="nope")), (vdc_bench, dict(csv="empty")), (vdc_bench, dict(threads=-1)),
+        (vdc_bench, dict(batch=0)), (vdc_bench, dict(seconds=-1.)), (vdc_bench, dict(device="tpu")), (vdc_bench, dict(out="text")),
+        (vdc_train, dict(plan=True, gpus=0)), (vdc_train, dict(plan=True, recipe="deit_s", gpus=3)), (vdc_train, dict(plan=True, data="nowhere")),
     ],
 }
 CASES = [(kind, *case) for kind, cases in WRONG.items() for case in cases]
@@ -282,4 +335,77 @@ def test_wrong_input_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, 
     assert not (place/"NEW").exists()
 
 
-def test_there_are_sixty_of_them(): assert len(CASES) >= 60
+def test_there_are_sixty_of_them_over_all_commands():
+    scripts = dict(script.split("=") for script in settings()["console_scripts"].split())
+    assert len(CASES) >= 60 and {command.__name__ for _, command, _ in CASES} == set(scripts)
+
+
+# Full disks and vanished data, while a run goes
+
+TINY_RUN = SMALL | dict(epochs="1")
+WRITES = ["recipe.json", "run.json", "last.ckpt", "best.safetensors", "mistakes.png", "history.csv", "curves.png", "model.safetensors", "model_ema.safetensors"]
+WRITES = [(name, 1) for name in WRITES] + [("last.ckpt", 2)]  # file, and at which of its writes the disk is full
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home):
+    vdc_train(data=str(home/"pictures"), out=str(home/"UNDISTURBED"), **TINY_RUN)
+    return home/"UNDISTURBED"
+
+
+@pytest.mark.parametrize("name, number", WRITES)
+def test_a_disk_that_is_full_at_any_write_loses_nothing(home, undisturbed, tmp_path, monkeypatch, capsys, name, number):
+    "Then somebody makes room, and the run goes on to the same weights."
+    from vitdynconv.tools import files
+    times, replace = [], os.replace
+    def full(source, target):
+        if Path(target).name == name: times.append(target)
+        if Path(target).name == name and len(times) == number: raise OSError(28, "No space left on device", str(target))
+        return replace(source, target)
+    arguments = dict(data=str(home/"pictures"), out=str(tmp_path/"RUN")) | TINY_RUN
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        said = line(capsys, vdc_train, code=1, **arguments)
+    assert "no space left" in said.lower() and not list(tmp_path.rglob("*.tmp"))
+    if name in ("recipe.json", "run.json"):
+        assert not list(tmp_path.iterdir())
+        vdc_train(**arguments)
+    else:
+        assert f"go on with: vdc_train --resume {tmp_path/'RUN'}" in said
+        vdc_train(resume=str(tmp_path/"RUN"))
+    for weights in "model.safetensors", "model_ema.safetensors":
+        with safe_open(tmp_path/"RUN"/weights, "pt") as a, safe_open(undisturbed/weights, "pt") as b:
+            assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in b.keys())
+
+
+@pytest.mark.parametrize("part, words", [("train", "none of"), ("valid", "held-out")])
+def test_pictures_that_vanish_in_a_run_end_it_in_one_line(home, tmp_path, monkeypatch, capsys, part, words):
+    from fastai.basics import Callback
+    from vitdynconv.train import session
+    pictures = shutil.copytree(home/"pictures", tmp_path/"pictures")
+    class Vanish(Callback):
+        order = 90
+        def after_epoch(self):
+            if self.epoch: return
+            loader = getattr(self.dls, part)
+            for index in range(len(loader.dataset)): Path(loader.dataset.source.reader[loader.dataset.items[index]][0]).unlink()
+    watchers = session.watchers
+    monkeypatch.setattr(session, "watchers", lambda *words, **more: [*watchers(*words, **more), Vanish()])
+    said = line(capsys, vdc_train, code=1, data=str(pictures), out=str(tmp_path/"RUN"), **SMALL)
+    assert words in said and f"vdc_train --resume {tmp_path/'RUN'}" in said
+    assert torch.load(tmp_path/"RUN/last.ckpt", weights_only=True)["epoch"] == 1
+
+
+def test_evaluation_counts_what_it_has_seen(copied, tmp_path, capsys):
+    from vitdynconv.train.build import recipe_dls
+    run = load_run(copied)
+    pictures = copied.parent/"pictures"
+    dls = recipe_dls(run.recipe, str(pictures))
+    names = [dls.valid.dataset.source.reader[index][0] for index in range(6)]
+    Path(names[0]).write_text("no picture")
+    arguments = dict(checkpoint=str(copied), data=str(pictures), json=str(tmp_path/"r.json"))
+    vdc_eval(**arguments)
+    row, = json.loads((tmp_path/"r.json").read_text())
+    assert (row["images"], row["unreadable"]) == (5, 1)
+    for name in names: Path(name).write_text("no picture")
+    assert "can be read" in line(capsys, vdc_eval, **arguments)

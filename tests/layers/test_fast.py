@@ -384,7 +384,7 @@ def test_help():
 
 def test_rows_become_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suites, "LENGTHS", (49,))
-    monkeypatch.setitem(suites.ROWS, "core", [suites.core_rows])
+    monkeypatch.setitem(suites.SUITE_ROWS, "core", [suites.core_rows])
     bench.vdc_bench(suite="core", csv=str(tmp_path/"rows.csv"), seconds=.01)
     rows = list(csv.DictReader(open(tmp_path/"rows.csv")))
     assert {row["work"] for row in rows} >= {"softmax", "scaling", "ln_relu, with gradients", "depth-wise"}

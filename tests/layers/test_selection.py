@@ -182,7 +182,7 @@ def test_wrong_settings_are_answered(wrong, message):
 GRID, LIVE, PREFIX = (4, 5), (5, 6), 1
 FAMILY = {cls.family: name for name, cls in ACTIVATIONS.items() if name != "softmax"} | {"fused": "softmax"}   # one activation of each family
 OPTIONS = dict(window=dict(window_size=(2, 3), shift_size=1), neighborhood=dict(kernel_size=3), topk=dict(k=6), projected=dict(num_kernels=5))
-RULES = {name: OPTIONS.get(name, {}) for name in SELECTIONS} | {"window, plain": dict(window_size=2), "topk, a share": dict(k=.3)}
+RULES = {name: OPTIONS.get(name, cls.example) for name, cls in SELECTIONS.items()} | {"window, plain": dict(window_size=2), "topk, a share": dict(k=.3)}
 MIXERS = [*FAMILY.values(), *checks.DEPTHWISE]
 HARD = [rule for rule in RULES if SELECTIONS[rule.split(",")[0]].hard]
 rules = pytest.mark.parametrize("rule", RULES)
@@ -221,7 +221,8 @@ def map_mask(rule, grid):
     n, name = math.prod(grid), rule.split(",")[0]
     if name == "window": return in_window(grid, **RULES[rule])
     if name == "neighborhood": return np.array([[in_neighborhood(i, j, grid, **RULES[rule]) for j in range(n)] for i in range(n)])
-    return np.ones((n, n), bool)
+    if SELECTIONS[name].looks_at_answers: return np.ones((n, n), bool)
+    return create_selection(name, grid, **RULES[rule]).reference(grid)   # a rule that was added later
 
 
 def best_kernels(q, k, mask, count):

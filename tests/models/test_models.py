@@ -14,10 +14,10 @@ from vitdynconv.models.paper import TABLE2, TABLE3
 from vitdynconv.layers.dynconv import anneal
 from vitdynconv.models.backbones import find_mixers
 from vitdynconv.models.registry import BASES, create_model, paper_model
-from vitdynconv.models.swin import DynamicConvSwin
+from vitdynconv.models.adapters.swin import DynamicConvSwin
 from vitdynconv.models.surgery import convert, to_timm
 from vitdynconv.models.systems import SYSTEMS, exchange
-from vitdynconv.models.vit import DynamicConvViT
+from vitdynconv.models.adapters.vit import DynamicConvViT
 
 VIT = dict(embed_dim=24, depth=3, num_heads=3, img_size=32, patch_size=8, num_classes=5)
 SWIN = dict(embed_dim=12, depths=(1, 2), num_heads=(2, 3), img_size=56, num_classes=5, drop_path_rate=0.)

@@ -8,7 +8,7 @@ import torch
 from conftest import require
 
 from vitdynconv.viz.explorer import NETWORK, explore_page, network_data
-from vitdynconv.viz.photo import TABLE2, PhotoMixer, photograph, run_activations
+from vitdynconv.viz.photo import SHOWN_ACTIVATIONS, PhotoMixer, photograph, run_activations
 
 PAGE = Path(__file__).resolve().parents[2]/"nbs/viz/05_explorer.ipynb"
 
@@ -28,16 +28,16 @@ def node(script):
 
 @pytest.mark.parametrize("position, head", [(0, 0), (29, 1), (53, 2)])
 def test_the_script_answers_as_the_modules_do(mixer, position, head):
-    calls = f"net.answers({position}, {head}), ...{json.dumps(TABLE2)}.map(name => net.weights(name, {position}, {head}))"
+    calls = f"net.answers({position}, {head}), ...{json.dumps(SHOWN_ACTIVATIONS)}.map(name => net.weights(name, {position}, {head}))"
     answers, *weights = node(f"{NETWORK}\nconst net = new Network({json.dumps(network_data(mixer))})\nconsole.log(JSON.stringify([{calls}].map(a => [...a])))")
     logits, results = run_activations(mixer)
     torch.testing.assert_close(torch.tensor(answers), logits[head, position], rtol=1e-3, atol=1e-3 * logits.abs().max().item())
-    for name, found in zip(TABLE2, weights):
+    for name, found in zip(SHOWN_ACTIVATIONS, weights):
         expected = results[name].weights[head, position]
         torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", TABLE2)
+@pytest.mark.parametrize("name", SHOWN_ACTIVATIONS)
 def test_the_script_paints_as_the_modules_do(mixer, name):
     painted = node(f"{NETWORK}\nconst net = new Network({json.dumps(network_data(mixer))})\nconsole.log(JSON.stringify([...net.paint(net.mix('{name}'))]))")
     torch.testing.assert_close(torch.tensor(painted).reshape(3, 48, 72), run_activations(mixer)[1][name].output.permute(2, 0, 1).clip(0, 1), rtol=0, atol=2e-3)

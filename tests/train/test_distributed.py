@@ -2,30 +2,29 @@
 import io
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import TINY, TORCHRUN, rows_of, run, same_bytes, start, tree, wait_until  # noqa: F401 (a fixture)
+from forks import Running, run
+from test_train import TINY, TORCHRUN, rows_of, same_bytes, tree  # noqa: F401 (a fixture)
 
-from vitdynconv.train.checkpoint import save_weights
+from vitdynconv.train.checkpoint import load_checkpoint, save_weights
 from vitdynconv.data import digits_dls
 from vitdynconv.train.evaluate import vdc_eval
 from vitdynconv.train.recipes import RECIPES
 from vitdynconv.train.build import recipe_dls, recipe_model
 
 # no drop path and no mixing: those are drawn by each process, and would differ from one process's
-EVEN = ['--epochs', '2', '--batch_size', '64', '--set', 'lr_batch_size=64 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']
-
-
-def workers(process):
-    "The training processes of a torchrun."
-    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+EVEN = ['--epochs', '2', '--batch_size', '128', '--set', 'lr_batch_size=128 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']
 
 
 @pytest.fixture(scope='module')
@@ -33,22 +32,26 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs')
     code, _, errors = run(folder, *EVEN, '--out', 'one')
     assert code == 0, errors
-    code, _, errors = run(folder, *EVEN, '--out', 'two', processes=2)
-    assert code == 0, errors
+    for name, more in ('two', []), ('shared', ['--shard']):
+        code, _, errors = run(folder, *EVEN, *more, '--out', name, processes=2)
+        assert code == 0, errors
     return folder
 
 
-def test_two_processes_have_the_curve_of_one(runs):
-    one, two = rows_of(runs/'one'), rows_of(runs/'two')
-    for name in ('train_loss', 'valid_loss', 'lr', 'gradient_norm'):
-        assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], rel=1e-4), name
-    for name in ('accuracy', 'ema_accuracy'): assert [row[name] for row in two] == [row[name] for row in one]
+@pytest.mark.parametrize('name', ['two', 'shared'])
+def test_two_processes_have_the_curve_of_one(runs, name):
+    one, two = rows_of(runs/'one'), rows_of(runs/name)
+    for column in ('train_loss', 'valid_loss', 'lr', 'gradient_norm'):
+        assert [float(row[column]) for row in two] == pytest.approx([float(row[column]) for row in one], rel=1e-4), column
+    for column in ('accuracy', 'ema_accuracy'): assert [row[column] for row in two] == [row[column] for row in one]
 
 
-@pytest.mark.parametrize('file', ['model.safetensors', 'model_ema.safetensors'])
-def test_two_processes_have_the_weights_of_one(runs, file):
+@pytest.mark.parametrize('name', ['two', 'shared'])
+@pytest.mark.parametrize('file', ['model.safetensors', 'model_ema.safetensors', 'best.safetensors'])
+def test_two_processes_have_the_weights_of_one(runs, name, file):
     "Within float32 rounding. Softmax does not see the keys' bias: its gradient is nothing but rounding, which Adam makes a step of."
-    one, two = load_file(runs/'one'/file), load_file(runs/'two'/file)
+    one, two = load_file(runs/'one'/file), load_file(runs/name/file)
+    assert one.keys() == two.keys()
     for name, weight in one.items():
         difference = (weight - two[name]).abs()
         if name.endswith('qkv.bias'): difference = difference.view(3, -1)[[0, 2]]
@@ -56,16 +59,57 @@ def test_two_processes_have_the_weights_of_one(runs, file):
     assert max(float((one[name] - weight).abs().max()) for name, weight in recipe_model(RECIPES['digits']).state_dict().items()) > 0.01, 'nothing was trained'
 
 
-def test_a_dead_process_ends_the_run_and_the_resumed_one_has_the_same_bits(runs):
-    process = start(runs, *EVEN, '--out', 'dead', processes=2)
-    wait_until((runs/'dead/history.csv').exists, process)        # it is written after the first checkpoint
-    os.kill(workers(process)[1], signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0, 'a run that lost a process is no success'
-    assert not (runs/'dead/model.safetensors').exists()
-    code, out, errors = run(runs, '--resume', 'dead', processes=2)
+def test_a_shared_network_is_kept_whole(runs):
+    "A checkpoint with and without `--shard` has the same names and shapes, so either goes on from it."
+    one, shared = (load_checkpoint(runs/name/'last.ckpt') for name in ('one', 'shared'))
+    for part in 'model', 'ema':
+        assert {name: value.shape for name, value in one[part].items()} == {name: value.shape for name, value in shared[part].items()}
+    for number, moments in one['optimizer']['state'].items():
+        assert {name: value.shape for name, value in moments.items()} == {name: value.shape for name, value in shared['optimizer']['state'][number].items()}
+
+
+@pytest.mark.parametrize('name, more', [('two', []), ('shared', ['--shard'])])
+def test_a_dead_process_ends_the_run_and_the_resumed_one_has_the_same_bits(runs, tmp_path, name, more):
+    process = Running(tmp_path, *EVEN, *more, '--out', 'RUN', processes=2)
+    process.wait_until((tmp_path/'RUN/history.csv').exists)        # it is written after the first checkpoint
+    dead = random.randrange(2)
+    process.signal(signal.SIGKILL, dead)
+    code, _, errors = process.end(120)
+    assert code != 0, 'a run that lost a process is no success'
+    assert not (tmp_path/'RUN/model.safetensors').exists()
+    last = errors.strip().splitlines()[-1]
+    assert 'another process died' in last and last.endswith('torchrun --nproc_per_node 2 -m vitdynconv.train.run --resume RUN'), (dead, errors)
+    code, out, errors = run(tmp_path, '--resume', 'RUN', processes=2)
     assert code == 0 and 'going on after epoch 1 of 2' in out, errors
-    assert same_bytes(runs/'two', runs/'dead', 'model.safetensors', 'model_ema.safetensors')
+    assert same_bytes(runs/name, tmp_path/'RUN', 'model.safetensors', 'model_ema.safetensors')
+
+
+def test_a_run_on_another_number_of_processes_says_that_it_is_not_exact(runs, tmp_path):
+    for name in 'two', 'shared':
+        shutil.copytree(runs/name, tmp_path/name)
+        code, out, errors = run(tmp_path, '--resume', name)
+        assert code == 0 and 'the run had 2 processes and has 1: it goes on, but not exactly' in out, errors
+
+
+def test_one_process_has_nothing_to_share(tmp_path):
+    code, _, errors = run(tmp_path, *EVEN, '--shard', '--out', 'RUN')
+    assert code == 2 and 'start several with torchrun' in errors and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_processes_ends_by_itself(runs, tmp_path):
+    "torchrun starts the same command again, which goes on: bit for bit what an undisturbed run gives."
+    words = [*TORCHRUN, '2', '--max-restarts', '3', '-m', 'vitdynconv.train.run', *EVEN, '--out', 'RUN', '--resume', 'auto']
+    with open(tmp_path/'log', 'w') as log:
+        process = subprocess.Popen([sys.executable, '-W', 'ignore', *words], cwd=tmp_path, stdout=log, stderr=log, env=os.environ | dict(OMP_NUM_THREADS='1'))
+        while not (tmp_path/'RUN/history.csv').exists():
+            assert process.poll() is None, (tmp_path/'log').read_text()
+            time.sleep(0.02)
+        children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+        os.kill(int(random.choice(children)), signal.SIGKILL)
+        assert process.wait(500) == 0, (tmp_path/'log').read_text()
+    assert 'going on after epoch 1 of 2' in (tmp_path/'log').read_text()
+    assert same_bytes(runs/'two', tmp_path/'RUN', 'model.safetensors', 'model_ema.safetensors')
 
 
 def test_processes_share_the_images_without_overlap():
@@ -88,8 +132,8 @@ def test_validation_counts_each_image_once(tree, tmp_path):
     arguments = dict(checkpoint=str(tmp_path/'model.safetensors'), data=str(tree), batch_size='12')
     vdc_eval(**arguments, json=str(tmp_path/'one.json'))
     options = [word for name, value in arguments.items() for word in (f'--{name}', value)]
-    subprocess.run([sys.executable, '-W', 'ignore', *TORCHRUN, '3', '-m', 'vitdynconv.train.evaluate', *options, '--json', str(tmp_path/'three.json')],
-                   check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    code, _, errors = run(tmp_path, *options, '--json', tmp_path/'three.json', processes=3, command='vdc_eval')
+    assert code == 0, errors
     one, three = (json.loads((tmp_path/f'{name}.json').read_text())[0] for name in ('one', 'three'))
     assert one['images'] == three['images'] == 20
     assert (three['top1'], three['top5']) == (one['top1'], one['top5'])
@@ -126,8 +170,8 @@ def test_two_processes_train_from_streaming_shards_and_resume(shards):
     assert one['images'] == 20 and one['top1'] == pytest.approx(float(rows[-1]['accuracy'])) and one['loss'] == pytest.approx(float(rows[-1]['valid_loss']), rel=1e-4)
     code, out, errors = run(shards, '--resume', 'RUN', processes=2)
     assert code == 0 and 'going on after epoch 2 of 2' in out, errors
-    subprocess.run([sys.executable, '-W', 'ignore', *TORCHRUN, '2', '-m', 'vitdynconv.train.evaluate', '--checkpoint', 'RUN/last.ckpt', '--json', 'two.json'],
-                   cwd=shards, check=True, capture_output=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    code, _, errors = run(shards, '--checkpoint', 'RUN/last.ckpt', '--json', 'two.json', processes=2, command='vdc_eval')
+    assert code == 0, errors
     (two,) = json.loads((shards/'two.json').read_text())
     assert (two['images'], two['top1']) == (one['images'], one['top1']), 'two processes count all images, each once'
 

@@ -7,15 +7,14 @@ import pickle
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import types
 
 import numpy as np
 import pytest
 import torch
 from fastai.basics import Callback
+from forks import Running, run
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -26,42 +25,15 @@ from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_weights, vdc_eval
 from vitdynconv.train.logbook import wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
+from vitdynconv.train.ending import earlier_checkpoint, lower_rate_command
 from vitdynconv.train.build import recipe_dls, recipe_model, weights_images
+from vitdynconv.train.folder import check_out, open_run
 from vitdynconv.train.run import choose_recipe, vdc_train
 from vitdynconv.train.session import run_learner
 
 HARD = ['--epochs', '5', '--batch_size', '128', '--lr', '8e-3',   # all that makes exactness hard, on a few steps
         '--set', 'lr_batch_size=128 warmup_epochs=0.5 drop_path=0.1 ema=yes ema_decay=0.9 mixup=0.8 cutmix=1.0 grad_accum=2']
 TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node']
-
-
-def start(folder, *arguments, processes=1, **options):
-    "A `vdc_train` of its own, or several under torchrun."
-    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
-    return subprocess.Popen([sys.executable, '-u', '-W', 'ignore', *launcher, '-m', 'vitdynconv.train.run', *map(str, arguments)], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'),
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)  # a shell's background job would never hear Ctrl-C
-
-
-def run(folder, *arguments, **options):
-    "A finished `vdc_train`: (exit code, stdout, stderr)."
-    process = start(folder, *arguments, **options)
-    out, errors = process.communicate(timeout=500)
-    return process.returncode, out, errors
-
-
-def wait_for(process, first):
-    "Read the log until a line that begins with the word `first`."
-    for line in process.stdout:
-        if line.split()[:1] == [first]: return
-    raise AssertionError(f'no line {first!r}: {process.stderr.read()}')
-
-
-def wait_until(true, process):
-    "Wait, while the process lives, for something to become true."
-    while not true():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
 
 
 def rows_of(folder): return list(csv.DictReader((folder/'history.csv').open()))
@@ -149,27 +121,60 @@ def test_evaluation_refuses_what_it_cannot_count(digits_run, tmp_path, capsys):
 
 # Deaths
 
-def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path):
-    straight = start(tmp_path, *HARD, '--out', 'straight')
-    process = start(tmp_path, *HARD, '--out', 'killed')
-    wait_until((tmp_path/'killed/recipe.json').exists, process)
-    process.kill()                                             # before the first step
-    process.communicate()
-    process = start(tmp_path, '--resume', 'killed')
-    wait_for(process, '1')
-    process.kill()                                             # in the second epoch, or writing after the first
-    process.communicate()
-    process = start(tmp_path, '--resume', 'killed')
-    wait_for(process, '2')
-    process.send_signal(signal.SIGINT)                         # Ctrl-C
-    _, errors = process.communicate()
-    assert process.returncode == 130 and errors.count('\n') == 1 and 'vdc_train --resume killed' in errors, errors
-    assert load_checkpoint(tmp_path/'killed/last.ckpt')['epoch'] in range(1, 5)
-    code, out, errors = run(tmp_path, '--resume', 'killed')
-    assert code == 0 and straight.wait() == 0, errors
-    assert same_bytes(tmp_path/'straight', tmp_path/'killed', 'model.safetensors', 'model_ema.safetensors')
-    a, b = [[(row['train_loss'], row['valid_loss'], row['ema_accuracy']) for row in rows_of(tmp_path/name)] for name in ('straight', 'killed')]
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    "A run that nobody disturbs."
+    folder = tmp_path_factory.mktemp('straight')
+    code, _, errors = run(folder, *HARD, '--out', 'RUN')
+    assert code == 0, errors
+    return folder/'RUN'
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(straight, tmp_path):
+    process = Running(tmp_path, *HARD, '--out', 'RUN')
+    process.wait_until((tmp_path/'RUN/recipe.json').exists)
+    process.signal(signal.SIGKILL)                             # before the first step
+    process.end()
+    process = Running(tmp_path, '--resume', 'RUN')
+    process.wait_until((tmp_path/'RUN/history.csv').exists)
+    process.signal(signal.SIGKILL)                             # in the second epoch
+    process.end()
+    for number, code, word in (signal.SIGINT, 130, 'interrupted'), (signal.SIGTERM, 143, 'terminated'):
+        process = Running(tmp_path, '--resume', 'RUN')
+        process.wait_until(lambda: 'going on' in process.output or 'step' in process.output)
+        process.signal(number)                                 # Ctrl-C, and what a scheduler sends
+        assert process.end()[0] == code and process.said.count('\n') == 1, process.said
+        assert word in process.said and process.said.strip().endswith('vdc_train --resume RUN')
+    assert load_checkpoint(tmp_path/'RUN/last.ckpt')['epoch'] in range(1, 5)
+    code, out, errors = run(tmp_path, '--resume', 'RUN')
+    assert code == 0, errors
+    assert same_bytes(straight, tmp_path/'RUN', 'model.safetensors', 'model_ema.safetensors')
+    a, b = [[(row['train_loss'], row['valid_loss'], row['ema_accuracy']) for row in rows_of(folder)] for folder in (straight, tmp_path/'RUN')]
     assert a == b and len(a) == 5
+
+
+def test_killed_while_the_first_checkpoint_is_written_it_blocks_nothing(tmp_path):
+    RECIPES['digits'].save(tmp_path/'recipe.json')
+    (tmp_path/'run.json').write_text(json.dumps(dict(data='', reader='')))
+    (tmp_path/'.last.ckpt.tmp').write_bytes(b'half of a checkpoint')
+    assert check_out(tmp_path) == tmp_path
+    open_run(tmp_path, RECIPES['digits'], dict(data='', reader='')).release()
+    assert {path.name for path in tmp_path.iterdir()} == {'recipe.json', 'run.json'}
+
+
+def test_one_command_begins_a_run_and_goes_on_with_it(straight, tmp_path, monkeypatch, capsys):
+    "Again after each death, as `torchrun --max-restarts` starts it."
+    again = [*HARD, '--out', 'RUN', '--resume', 'auto']
+    process = Running(tmp_path, *again)
+    process.wait_for('2')
+    process.signal(signal.SIGKILL)
+    process.end()
+    code, out, errors = run(tmp_path, *again)
+    assert code == 0 and 'going on after epoch' in out, errors
+    assert same_bytes(straight, tmp_path/'RUN', 'model.safetensors', 'model_ema.safetensors')
+    monkeypatch.chdir(tmp_path)
+    assert 'another lr' in said(capsys, 2, vdc_train, resume='auto', out='RUN', epochs='5', batch_size='128', lr='1e-3',
+                                set='lr_batch_size=128 warmup_epochs=0.5 drop_path=0.1 ema=yes ema_decay=0.9 mixup=0.8 cutmix=1.0 grad_accum=2')
 
 
 @pytest.fixture
@@ -194,11 +199,27 @@ def test_a_folder_that_went_away_stops_the_run(tmp_path):
     with pytest.raises(RunStopped, match='none was written yet'): learn.fit()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+def test_the_hint_leads_out_of_a_nan(tmp_path, capsys):
     words = said(capsys, 1, vdc_train, out=str(tmp_path/'RUN'), epochs='2', lr='1e30')
-    assert 'loss is nan at step' in words and 'learning rate' in words and f'vdc_train --resume {tmp_path/"RUN"}' in words
-    assert f'last good checkpoint: {tmp_path/"RUN/last.ckpt"} of epoch 0' in words
+    assert 'loss is nan at step' in words and f'last good checkpoint: {tmp_path/"RUN/last.ckpt"} of epoch 0' in words
+    assert words.endswith(f'a lower rate may help: vdc_train --epochs 2 --out {tmp_path}/RUN --lr 1e+29')
     assert all(bool(t.isfinite().all()) for t in load_checkpoint(tmp_path/'RUN/last.ckpt')['model'].values())
+    vdc_train(out=str(tmp_path/'RUN'), epochs='1', batch_size='256')   # the folder of a run without an epoch blocks nothing
+    assert len(rows_of(tmp_path/'RUN')) == 1
+
+
+def test_a_run_begins_from_a_checkpoint_of_another_one(digits_run, tmp_path, capsys):
+    folder, _ = digits_run
+    checkpoint = str(folder/'last.ckpt')
+    assert lower_rate_command(folder) == f'vdc_train --resume {earlier_checkpoint(folder)} --out {folder}_lower --lr 0.0002'
+    vdc_train(resume=checkpoint, out=str(tmp_path/'NEW'), epochs='4', lr='2e-4', batch_size=None)
+    assert 'going on after epoch 3 of 4' in capsys.readouterr().out
+    assert [row['epoch'] for row in rows_of(tmp_path/'NEW')] == ['1', '2', '3', '4'] and Recipe.load(tmp_path/'NEW/recipe.json').lr == 2e-4
+    assert rows_of(tmp_path/'NEW')[:3] == rows_of(folder)
+    assert float(rows_of(tmp_path/'NEW')[3]['lr']) < 2e-4 and len(rows_of(folder)) == 3
+    for wrong, words in (dict(out=''), 'add --out'), (dict(embed_dim='48'), '--embed_dim cannot change'), (dict(epochs='3'), 'has 3 epochs'), (dict(recipe='digits'), 'leave it out'):
+        assert words in said(capsys, 2, vdc_train, **dict(resume=checkpoint, out=str(tmp_path/'OTHER'), epochs='4') | wrong)
+    assert not (tmp_path/'OTHER').exists()
 
 
 class Infinite(Callback):

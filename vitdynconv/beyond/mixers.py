@@ -17,10 +17,11 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn, Tensor
 from .pyramid import Body
 from ..layers.attention import DynamicConvAttention, copy_weights, split_heads
-from ..models.backbones import BACKBONES, find_mixers
+from ..models.adapter import register_backbone
+from ..models.adapters.vit import DynamicConvViT, ViTBackbone
+from ..models.backbones import find_mixers
 # timm looks for it in the module of a model's class
 from ..models.fitting import checkpoint_filter_fn
-from ..models.vit import DynamicConvViT, ViTBackbone
 
 # %% ../../nbs/beyond/02_mixers.ipynb #e542dfb7
 class MixerBlock(Block):
@@ -114,9 +115,11 @@ class WideViT(VisionTransformer):
 class DynamicConvWideViT(DynamicConvViT, WideViT):
     "The same, converted."
 
+@register_backbone
 class WideBackbone(ViTBackbone):
     "The adapter of vision Transformers with wide values."
     theirs, ours = WideViT, DynamicConvWideViT
+    bases = bodies = ()   # their names are below
 
     def mixers(self): return {f'{path}.attn': block.attn for path, block in self.find_blocks().items()}
 
@@ -130,8 +133,6 @@ class WideBackbone(ViTBackbone):
     def why_not_timms_mixer(self, mixer):
         return (f"has values of {mixer.value_dim} channels and keys of {mixer.head_dim}, which timm's "
                 "Attention has not")
-
-if WideBackbone not in BACKBONES: BACKBONES.insert(0, WideBackbone)
 
 # %% ../../nbs/beyond/02_mixers.ipynb #5830e306
 def equal_depth(n: int, dim: int, depth: int, depthwise: bool, mlp_ratio: float = 4.) -> int:

@@ -23,7 +23,7 @@ from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
 from ..layers.strided import StridedDepthwise, strided_rows
-from ..models.convnext import hold_static_kernel
+from ..models.adapters.convnext import hold_static_kernel
 from ..models.systems import constant_bank, constant_generator
 
 # %% ../../nbs/beyond/05_proofs.ipynb #19c56e97

@@ -20,8 +20,7 @@ from torch import nn, Tensor
 from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.strided import Strided, StridedAttention, StridedDepthwise, strided_rows
-from ..models.adapter import Backbone, Converted, Place
-from ..models.backbones import BACKBONES
+from ..models.adapter import Backbone, Converted, Place, register_backbone
 # timm looks for it in the module of a model's class
 from ..models.fitting import checkpoint_filter_fn
 
@@ -292,6 +291,7 @@ def set_input_size(self: PyramidTransformer, img_size: int | tuple[int, int] | N
 # mixer -> the same with a stride
 STRIDED = {DynamicConvAttention: StridedAttention, DepthwiseSelfAttention: StridedDepthwise}
 
+@register_backbone
 class PyramidBackbone(Backbone):
     "The adapter of pyramids."
     theirs = PyramidTransformer
@@ -328,8 +328,6 @@ class PyramidBackbone(Backbone):
                          'a ViT or Swin')
 
     put_conv = put_whole
-
-if PyramidBackbone not in BACKBONES: BACKBONES.insert(0, PyramidBackbone)
 
 # %% ../../nbs/beyond/01_pyramid.ipynb #fe437f1c
 class Body(NamedTuple):

@@ -177,7 +177,8 @@ def folder_summary(
     complain(problems + overlap_problems(train, valid), root)
     channels, size = look_at(train)
     parts = {'train': reader_fingerprint(train), 'validation': reader_fingerprint(valid)}
-    counts = {name: {label: mark[0] for label, mark in marks.items()} for name, marks in parts.items()}
+    counts = {}
+    for name, marks in parts.items(): counts[name] = {label: mark[0] for label, mark in marks.items()}
     classes = list(train.class_to_idx)
     fingerprint = dict(classes=classes, channels=channels, split=split, parts=parts)
     others = train.others if split else train.others + valid.others

@@ -3,7 +3,7 @@ from vitdynconv import lazy_names
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
-    spec="KernelSpec generators find_mixers generator_weights",
+    spec="KernelSpec generators kernel_makers generator_weights",
     probe="describe table1",
     space="design_space why_not build against_definition",
     proofs="equivalence_table",

@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     equivalence="attention_as_convs DynamicConvBlock",
     activations="ACTIVATIONS Activation create_activation register",
     position="RelativePosition",
-    selection="SELECTIONS Selection register_selection create_selection AllKernels WindowKernels ProjectedKernels NeighborhoodKernels TopKernels",
+    selection="SELECTIONS Selection register_selection create_selection AllKernels WindowKernels ProjectedKernels "
+              "NeighborhoodKernels TopKernels",
     attention="DynamicConvAttention",
     depthwise="DepthwiseSelfAttention",
     dynconv="DynamicConv2d DynamicDepthwiseConv2d Involution2d",

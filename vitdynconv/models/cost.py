@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONVENTIONS', 'FIRST_IS_LEFT', 'SECOND_IS_LEFT', 'NORMS', 'POOLS', 'FOURIER', 'ELEMENTWISE', 'REDUCTIONS', 'MOVES',
            'MAKERS', 'FREE', 'FORMS', 'Cost', 'numel', 'written', 'nothing', 'product_macs', 'attention_macs',
-           'attention_acts', 'conv_macs', 'norm_macs', 'is_complex', 'fourier_macs', 'multiply_macs', 'Rule',
-           'operators', 'unknown', 'score', 'score_inside', 'analyse', 'quiet', 'scored', 'scored_inside',
+           'attention_acts', 'conv_macs', 'norm_macs', 'is_complex', 'fourier_macs', 'multiply_macs', 'OperatorRule',
+           'operators', 'unknown', 'operator_score', 'score_inside', 'analyse', 'quiet', 'scored', 'scored_inside',
            'merged_attention', 'computed_as', 'head_names', 'image_size', 'Count', 'count', 'measure', 'leave_out',
            'total_of', 'peak_memory']
 
@@ -46,11 +46,19 @@ class Cost(NamedTuple):
     def __mul__(self, times): return Cost(*(times * a for a in self))
     __rmul__ = __mul__
     @property
-    def gflops(self) -> float: return self.macs / 1e9
+    def gflops(self) -> float:
+        "Billions of multiply-adds, which the paper calls GFLOPs."
+        return self.macs / 1e9
+
     @property
-    def mparams(self) -> float: return self.params / 1e6
+    def mparams(self) -> float:
+        "Millions of parameters."
+        return self.params / 1e6
+
     @property
-    def macts(self) -> float: return self.acts / 1e6
+    def macts(self) -> float:
+        "Millions of activations."
+        return self.acts / 1e6
 
 # %% ../../nbs/models/11_cost.ipynb #2b9e35e9
 def numel(value) -> int:
@@ -94,6 +102,7 @@ def is_complex(value) -> bool:
     "Is the traced value a complex tensor?"
     return str(value.type()).startswith('Complex')
 
+# %% ../../nbs/models/11_cost.ipynb #167eba9d
 def fourier_macs(inputs, outputs) -> int:
     """Radix-2: log2(L) / 2 butterflies per value, 4 multiply-adds each. The spectrum of a real map has half
     the values, and costs half."""
@@ -106,12 +115,13 @@ def fourier_macs(inputs, outputs) -> int:
         lengths[-1] = 2 * (lengths[-1] - 1)   # the half that is stored
     return round(2 * numel(spectrum) * math.log2(math.prod(lengths)))
 
+# %% ../../nbs/models/11_cost.ipynb #bc2c66d1
 def multiply_macs(inputs, outputs) -> int:
     "Element-wise products are free, but for complex ones: between spectra they are the convolution."
     return 4 * numel(outputs[0]) if is_complex(outputs[0]) else 0
 
 # %% ../../nbs/models/11_cost.ipynb #6c8e3d07
-class Rule(NamedTuple):
+class OperatorRule(NamedTuple):
     "What an operator costs: two functions of its traced inputs and outputs."
     macs: Callable
     acts: Callable = nothing
@@ -126,18 +136,19 @@ POOLS = dict(adaptive_avg_pool2d=(1, 0), upsample_nearest2d=(0, 1), upsample_bil
 FOURIER = 'fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2'.split()
 
 # %% ../../nbs/models/11_cost.ipynb #6c8e3d08
-def operators(layernorm: int = 5) -> dict[str, Rule]:
+def operators(layernorm: int = 5) -> dict[str, OperatorRule]:
     "Operator -> its rule."
     rules = {
-        '_convolution': Rule(conv_flop_jit, written), '_convolution_mode': Rule(conv_macs, written),
-        'einsum': Rule(einsum_flop_jit, written),
-        'scaled_dot_product_attention': Rule(attention_macs, attention_acts),
-        'batch_norm': Rule(batchnorm_flop_jit), 'mul': Rule(multiply_macs), 'mul_': Rule(multiply_macs)}
-    for name in FIRST_IS_LEFT: rules[name] = Rule(product_macs, written)
-    for name in SECOND_IS_LEFT: rules[name] = Rule(partial(product_macs, left=1), written)
-    for name, weight in NORMS.items(): rules[name] = Rule(partial(norm_macs, each=layernorm, weight=weight))
-    for name, scales in POOLS.items(): rules[name] = Rule(elementwise_flop_counter(*scales))
-    for name in FOURIER: rules[name] = Rule(fourier_macs)
+        '_convolution': OperatorRule(conv_flop_jit, written), '_convolution_mode': OperatorRule(conv_macs, written),
+        'einsum': OperatorRule(einsum_flop_jit, written),
+        'scaled_dot_product_attention': OperatorRule(attention_macs, attention_acts),
+        'batch_norm': OperatorRule(batchnorm_flop_jit),
+        'mul': OperatorRule(multiply_macs), 'mul_': OperatorRule(multiply_macs)}
+    for name in FIRST_IS_LEFT: rules[name] = OperatorRule(product_macs, written)
+    for name in SECOND_IS_LEFT: rules[name] = OperatorRule(partial(product_macs, left=1), written)
+    for name, weight in NORMS.items(): rules[name] = OperatorRule(partial(norm_macs, each=layernorm, weight=weight))
+    for name, scales in POOLS.items(): rules[name] = OperatorRule(elementwise_flop_counter(*scales))
+    for name in FOURIER: rules[name] = OperatorRule(fourier_macs)
     return {f'aten::{name}': rule for name, rule in rules.items()}
 
 # %% ../../nbs/models/11_cost.ipynb #a362666f
@@ -172,7 +183,8 @@ def unknown(
                       'give each a rule in vitdynconv.models.cost.operators, or enter it in FREE if it '
                       'does no work')
 
-def score(
+# %% ../../nbs/models/11_cost.ipynb #520a0481
+def operator_score(
     kind: str,   # name of the operator, a key of `rules`
     inputs,      # its traced inputs
     outputs,     # its traced outputs
@@ -193,7 +205,7 @@ def score_inside(
     total = Counter()
     for node in outputs[0].node().g('Subgraph').nodes():
         kind, inputs, results = node.kind(), list(node.inputs()), list(node.outputs())
-        if kind in rules: total += score(kind, inputs, results, rules)
+        if kind in rules: total += operator_score(kind, inputs, results, rules)
         elif kind == 'prim::PythonOp': total += score_inside(results, rules)
         elif kind not in FREE and not kind.startswith('prim::'): raise unknown([kind])
     return total
@@ -217,15 +229,18 @@ def analyse(
     if analysis.unsupported_ops(): raise unknown(analysis.unsupported_ops())
     return analysis.by_module_and_operator()
 
+# %% ../../nbs/models/11_cost.ipynb #39db47d2
 def quiet(analysis: JitModelAnalysis) -> JitModelAnalysis:
     "The same analysis of fvcore, without its warnings."
     analysis = analysis.unsupported_ops_warnings(False)
     return analysis.uncalled_modules_warnings(False).tracer_warnings('none')
 
+# %% ../../nbs/models/11_cost.ipynb #0abb1d57
 def scored(inputs, outputs, kind: str, rules: dict) -> Counter:
     "`score` with the arguments in the order in which fvcore gives them."
-    return score(kind, inputs, outputs, rules)
+    return operator_score(kind, inputs, outputs, rules)
 
+# %% ../../nbs/models/11_cost.ipynb #114fbb26
 def scored_inside(inputs, outputs, rules: dict) -> Counter:
     "`score_inside` for fvcore, which also gives the inputs."
     return score_inside(outputs, rules)
@@ -282,7 +297,7 @@ def head_names(
     head = model.get_classifier()
     heads = ([head] if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList)
              else list(head or ()))
-    return [name for name, m in model.named_modules() if any(m is h for h in heads)]
+    return [name for name, m in model.named_modules() if m in heads]
 
 # %% ../../nbs/models/11_cost.ipynb #9aa3d16e
 def image_size(
@@ -315,11 +330,20 @@ class Count:
     operators: dict[str, Cost]  # by operator, without 'aten::'
 
     @property
-    def gflops(self) -> float: return self.total.gflops
+    def gflops(self) -> float:
+        "Billions of multiply-adds, which the paper calls GFLOPs."
+        return self.total.gflops
+
     @property
-    def mparams(self) -> float: return self.total.mparams
+    def mparams(self) -> float:
+        "Millions of parameters."
+        return self.total.mparams
+
     @property
-    def macts(self) -> float: return self.total.macts
+    def macts(self) -> float:
+        "Millions of activations."
+        return self.total.macts
+
     def __iter__(self): return iter((self.gflops, self.mparams, self.macts))
     def __repr__(self): return f'{self.gflops:.3f} GFLOPs, {self.mparams:.3f} MParams, {self.macts:.3f} MActs'
 
@@ -361,12 +385,14 @@ def measure(model: nn.Module, size: tuple, layernorm: int, form: str) -> dict[st
     finally:
         for m, mode in training.items(): m.training = mode
 
+# %% ../../nbs/models/11_cost.ipynb #c2f20be5
 def leave_out(scores: dict[str, Counter], name: str) -> None:
     "Subtract what a module did from it and from all that contain it."
     found = Counter(scores[name])
     parts = name.split('.')
     for i in range(len(parts) + 1): scores['.'.join(parts[:i])].subtract(found)
 
+# %% ../../nbs/models/11_cost.ipynb #255f0650
 def total_of(quantity: str, found: Counter) -> int:
     "The sum of one quantity, 'macs' or 'acts', over all operators."
     return sum(n for (what, _), n in found.items() if what == quantity)

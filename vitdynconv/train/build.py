@@ -22,7 +22,8 @@ from .learner import parameter_groups
 def weights_images(
     recipe,  # `Recipe`
 ) -> dict:   # settings for `imagenet_dls`; empty without pretrained weights
-    "How timm's pretrained weights expect their images: mean, std, and what the recipe leaves open of interpolation and crop."
+    """How timm's pretrained weights expect their images: mean, std, and what the recipe leaves open of
+    interpolation and crop."""
     if not recipe.pretrained: return {}
     config = timm.models.get_pretrained_cfg(recipe.model.removeprefix('vdc_'))
     if config is None: return {}
@@ -52,8 +53,8 @@ def recipe_dls(
     "Loaders for a recipe; each process gets its share of the global batch."
     parts = world * recipe.grad_accum
     if recipe.batch_size % parts:
-        raise ValueError(f'batch_size={recipe.batch_size} does not split over {world} processes x grad_accum={recipe.grad_accum}; '
-                         f'take a multiple of {parts}')
+        raise ValueError(f'batch_size={recipe.batch_size} does not split over {world} processes '
+                         f'x grad_accum={recipe.grad_accum}; take a multiple of {parts}')
     common = dict(rank=rank, world=world, device=device)
     small = dict(seed=recipe.seed, size=recipe.img_size)
     part = recipe.batch_size // recipe.grad_accum
@@ -66,13 +67,16 @@ def recipe_model(
     recipe,            # `Recipe`
     pretrained=False,  # load what `recipe.pretrained` asks for
 ) -> nn.Module:
-    "The model of a recipe, its random weights decided by the recipe's seed. ValueError if its settings do not fit."
+    """The model of a recipe, its random weights decided by the recipe's seed. ValueError if its settings
+    do not fit."""
     set_seed(recipe.seed)
     settings = recipe.model_args | recipe.arguments('model')
     try: return create_model(recipe.model, pretrained=pretrained and recipe.pretrained, **settings)
-    except (TypeError, AssertionError) as error:  # timm's answers to settings that it does not know or cannot combine
+    # timm's answers to settings that it does not know or cannot combine
+    except (TypeError, AssertionError) as error:
         reason = ' '.join(str(error).split()) or 'its settings do not fit together'
-        raise ValueError(f'{recipe.model} cannot be built: {reason}; change model_args, or the sizes') from error
+        words = f'{recipe.model} cannot be built: {reason}; change model_args, or the sizes'
+        raise ValueError(words) from error
 
 # %% ../../nbs/train/06_build.ipynb #86f7d70e
 def dry_step(

@@ -22,6 +22,8 @@ from timm.data.mixup import Mixup, one_hot
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from ..tools.compat import private_hooks
 
 # %% ../../nbs/train/02_callbacks.ipynb #680971b2
@@ -320,7 +322,8 @@ class ClipNorm(GradientClip):
     "fastai's `GradientClip`; `learn.gradient_norm` keeps the norm that it found, on the device, for the log."
     def before_train(self): self.clipped = list(self.learn.model.parameters())
     def before_step(self):
-        self.learn.gradient_norm = nn.utils.clip_grad_norm_(self.clipped, self.max_norm, self.norm_type)
+        norm = nn.utils.clip_grad_norm_(self.clipped, self.max_norm, self.norm_type)
+        self.learn.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 # %% ../../nbs/train/02_callbacks.ipynb #ec496633
 class Accumulation(Callback):
@@ -334,6 +337,7 @@ class Accumulation(Callback):
         self.steps_now = self.iter == first + self.share - 1
         several = isinstance(self.model, DistributedDataParallel)
         if several: self.model.require_backward_grad_sync = self.steps_now
+        if isinstance(self.model, FSDPModule): self.model.set_requires_gradient_sync(self.steps_now)
     def after_loss(self): self.learn.loss_grad = self.loss_grad / self.share
     def before_step(self):
         if not self.steps_now: raise CancelBatchException()          # keeps the gradients

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'rng_state', 'set_rng_state', 'CheckpointError', 'states_of_processes', 'checkpoint_state',
            'load_checkpoint', 'score', 'best_epochs', 'link_or_copy', 'keep_best', 'write_checkpoint', 'RunStopped',
-           'Checkpoints', 'Restore', 'restore', 'in_order', 'save_weights']
+           'Diverged', 'Checkpoints', 'Restore', 'inexact_words', 'restore', 'in_order', 'save_weights']
 
 # %% ../../nbs/train/04_checkpoint.ipynb #1ba9b711
 import dataclasses
@@ -18,6 +18,7 @@ import safetensors.torch
 from fastai.basics import *
 from fastai.callback.all import *
 from ..tools.files import replacing
+from .shard import load_whole, moments_in_parts, put_together
 
 # %% ../../nbs/train/04_checkpoint.ipynb #9d9833ed
 def rng_state() -> dict:
@@ -58,13 +59,14 @@ def checkpoint_state(
     "All that training depends on, as tensors and plain values. Every process must call it."
     scaler = getattr(learn, 'scaler', None)
     average = getattr(learn, 'weight_average', None)
+    together = partial(put_together, keep=not rank_distrib())
     return dict(
         format=FORMAT,
         epoch=epoch,
-        model=get_model(learn.model).state_dict(),
-        optimizer=learn.opt.state_dict(),
+        model=together(get_model(learn.model).state_dict()),
+        optimizer=together(learn.opt.state_dict()),
         scaler=scaler.state_dict() if scaler else None,
-        ema=average.average.module.state_dict() if average else None,
+        ema=together(average.average.module.state_dict()) if average else None,
         rng=states_of_processes(),
         history=list(learn.history),
         recipe=dataclasses.asdict(learn.recipe),
@@ -142,11 +144,21 @@ class RunStopped(Exception):
         super().__init__(reason)
         self.reason = reason
 
+class Diverged(RunStopped):
+    "A run whose loss is no number: the same again would end in the same way."
+
 # %% ../../nbs/train/04_checkpoint.ipynb #d3edfd29
 class Checkpoints(Callback):
     "`last.ckpt` before the first step and after each epoch, and the `k` best."
     order, saved = 75, None
-    def __init__(self, folder, k=3, run=None): self.folder, self.k, self.run_args = Path(folder), k, run
+    def __init__(
+        self,
+        folder,
+        k=3,          # of the best epochs to keep
+        run=None,     # what every checkpoint says of the run
+        branch=False, # the run begins from another one's checkpoint, and writes it first
+    ):
+        self.folder, self.k, self.run_args, self.branch = Path(folder), k, run, branch
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         self.saved = self.learn.first_epoch or None                     # a resumed run has one
@@ -155,7 +167,8 @@ class Checkpoints(Callback):
         if self.saved is None: return 'none was written yet'
         return f'{self.folder/"last.ckpt"} of epoch {self.saved}'
     def before_train(self):
-        if self.epoch == 0: self.save(0)
+        if self.epoch == 0 or self.branch: self.save(self.epoch)
+        self.branch = False
     def after_epoch(self):
         if self.recorder.train_loss.count: self.save(self.epoch + 1)    # not in `validate`
     def save(self, epoch):
@@ -180,12 +193,19 @@ class Restore(Callback):
         learn = self.learn
         average = getattr(learn, 'weight_average', None)
         scaler = getattr(learn, 'scaler', None)
-        if state['ema'] and average: average.average.module.load_state_dict(state['ema'])
+        if state['ema'] and average: load_whole(average.average.module, state['ema'])
         if state['scaler'] and scaler: scaler.load_state_dict(state['scaler'])
         rank = rank_distrib()
         same_world = len(state['rng']) == max(num_distrib(), 1)
         if same_world: set_rng_state(state['rng'][rank])
         else: set_seed(learn.recipe.seed + rank + 1000 * state['epoch'])
+        if not same_world and not rank: print(inexact_words(len(state['rng']), num_distrib()), flush=True)
+
+# %% ../../nbs/train/04_checkpoint.ipynb #restor01
+def inexact_words(before: int, now: int) -> str:
+    "What a run says that goes on with another number of processes."
+    now = max(now, 1)
+    return f'the run had {before} processes and has {now}: it goes on, but not exactly as it would have'
 
 # %% ../../nbs/train/04_checkpoint.ipynb #a29674b0
 def restore(
@@ -197,10 +217,10 @@ def restore(
     Exact with the same number of processes; with another, new random numbers are drawn."""
     learn.model.to(learn.dls.device)
     try:
-        learn.model.load_state_dict(checkpoint['model'])
+        load_whole(learn.model, checkpoint['model'])
         learn.create_opt()
-        learn.opt.load_state_dict(checkpoint['optimizer'])
-    except (RuntimeError, ValueError) as error:
+        learn.opt.load_state_dict(moments_in_parts(checkpoint['optimizer'], learn.opt.opt))
+    except (RuntimeError, ValueError, LookupError) as error:
         reason = ' '.join(str(error).split())[:300]
         raise CheckpointError(f'the checkpoint is of another model or recipe: {reason}') from error
     learn.history = list(checkpoint['history'])
@@ -225,9 +245,11 @@ def save_weights(
     recipe=None,  # goes into the header,
     run=None,     # and so does what the run knows of itself
 ):
-    "Weights as safetensors; nothing in the file can run."
+    "Weights as safetensors; nothing in the file can run. Every process must call it; the first one writes."
+    state = put_together(model.state_dict(), keep=not rank_distrib())
+    if rank_distrib(): return
     header = {}
     if recipe: header['recipe'] = json.dumps(dataclasses.asdict(recipe))
     if run: header['run'] = json.dumps(run)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with replacing(path) as file: file.write(in_order(safetensors.torch.save(tensors, header or None)))

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['read_weights', 'read_safetensors', 'stored_recipe', 'model_with_weights', 'evaluate', 'evaluation_data',
-           'evaluation_loaders', 'vdc_eval']
+           'evaluation_loaders', 'best_of', 'vdc_eval']
 
 # %% ../../nbs/train/11_evaluate.ipynb #b9b34a7f
 import json as json_format
 import time
 from pathlib import Path
-from ..tools.cli import checked, command, format_table
+from ..tools.cli import command, format_table
 from ..tools.files import check_target, save_rows
 from .recipes import Recipe
 from .record import absolute_data, check_classes, data_changes
@@ -25,7 +25,8 @@ def read_weights(
     path = Path(path)
     if weights not in ('model', 'ema'): raise ValueError(f'weights={weights!r}: choose model or ema')
     if path.suffix == '.safetensors':
-        if weights == 'ema': raise CheckpointError(f'{path} holds one set of weights: --weights ema is for a .ckpt')
+        if weights == 'ema':
+            raise CheckpointError(f'{path} holds one set of weights: --weights ema is for a .ckpt')
         return read_safetensors(path)
     state = load_checkpoint(path)
     if not state[weights]: raise CheckpointError(f'{path} has no {weights} weights: its recipe averages none')
@@ -46,7 +47,8 @@ def read_safetensors(
     except safetensors.SafetensorError as error:
         raise CheckpointError(f'{path} is damaged or no safetensors file: {error}') from error
     if 'recipe' not in header:
-        raise CheckpointError(f'{path} names no recipe, so its model is unknown; vdc_train writes files that do')
+        raise CheckpointError(f'{path} names no recipe, so its model is unknown; vdc_train writes files that '
+                              'do')
     recipe = stored_recipe(path, json_format.loads(header['recipe']))
     return recipe, tensors, json_format.loads(header.get('run', '{}'))
 
@@ -82,16 +84,21 @@ def evaluate(
     model,    # with its weights
     dls,      # `DataLoaders`; the second loader is run through
     recipe,   # `Recipe`
-) -> dict:    # top1, top5, loss, images, images_per_second
+) -> dict:    # top1, top5, loss, images, unreadable, images_per_second
     "Validate once, with all processes."
     from vitdynconv.train.callbacks import accuracy, top5
     from vitdynconv.train.learner import create_learner
-    learn = create_learner(model, dls, recipe.replace(ema=False, compile=False), metrics=[accuracy(), top5()])
+    counted = accuracy()
+    learn = create_learner(model, dls, recipe.replace(ema=False, compile=False), metrics=[counted, top5()])
     start = time.perf_counter()
     loss, top1, among5 = learn.validate()
     seconds = time.perf_counter() - start
-    images = getattr(dls.valid, 'total', len(dls.valid.dataset))
-    return dict(top1=top1, top5=among5, loss=loss, images=images, images_per_second=round(images / seconds, 1))
+    # over all processes; what cannot be read is not among them
+    images = counted.count
+    total = getattr(dls.valid, 'total', len(dls.valid.dataset))
+    if not images: raise ValueError(f'not one of {total} validation images can be read')
+    return dict(top1=top1, top5=among5, loss=loss, images=images, unreadable=max(0, total - images),
+                images_per_second=round(images / seconds, 1))
 
 # %% ../../nbs/train/11_evaluate.ipynb #4572de93
 def evaluation_data(
@@ -118,10 +125,16 @@ def evaluation_loaders(recipe, record: dict, data: str, reader: str, path) -> tu
         if not data and not rank: print(f'not as in training: {change}')
     return dls, rank
 
+# %% ../../nbs/train/11_evaluate.ipynb #evalbest
+def best_of(folder, weights: str) -> str:
+    "The file of a run that is evaluated. ValueError if there is none."
+    from vitdynconv.train.prediction import weights_file
+    return str(Path(folder)/'last.ckpt') if weights == 'ema' else str(weights_file(folder))
+
 # %% ../../nbs/train/11_evaluate.ipynb #d354002c
 @command
 def vdc_eval(
-    checkpoint: str = '',   # a .ckpt or .safetensors that vdc_train wrote
+    checkpoint: str = '',   # a .ckpt or .safetensors that vdc_train wrote, or its folder for the best weights
     data: str = '',         # validation images, as for vdc_train; left out: those of the run
     weights: str = 'model', # model, or ema for the averaged weights of a .ckpt
     batch_size: str = None, # images a step
@@ -130,15 +143,15 @@ def vdc_eval(
     json: str = '',         # file for the result
 ):
     "Top-1, top-5, loss and speed of a checkpoint on the validation images."
-    with checked('vdc_eval'):
-        if not checkpoint: raise ValueError('give --checkpoint, a .ckpt or .safetensors that vdc_train wrote')
-        check_target(csv, '--csv')
-        check_target(json, '--json')
-        recipe, tensors, record = read_weights(checkpoint, weights)
-        if batch_size: recipe = recipe.override(batch_size=batch_size)
-        dls, rank = evaluation_loaders(recipe, record, data, reader, checkpoint)
-        result = evaluate(model_with_weights(recipe, tensors, checkpoint), dls, recipe)
+    if not checkpoint: raise ValueError('give --checkpoint, a .ckpt or .safetensors that vdc_train wrote')
+    check_target(csv, '--csv')
+    check_target(json, '--json')
+    if Path(checkpoint).is_dir(): checkpoint = best_of(checkpoint, weights)
+    recipe, tensors, record = read_weights(checkpoint, weights)
+    if batch_size: recipe = recipe.override(batch_size=batch_size)
+    dls, rank = evaluation_loaders(recipe, record, data, reader, checkpoint)
+    result = evaluate(model_with_weights(recipe, tensors, checkpoint), dls, recipe)
     if rank: return
     rows = [dict(checkpoint=checkpoint, weights=weights, **result)]
     print(format_table(rows))
-    with checked('vdc_eval'): save_rows(rows, csv, json)
+    save_rows(rows, csv, json)

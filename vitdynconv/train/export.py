@@ -36,7 +36,8 @@ def check_same(
         with torch.no_grad(): logits = run.model.eval()(images)
         largest = (exported(images) - logits).abs().max().item()
         if not largest <= TOLERANCE * max(1., logits.abs().max().item()):
-            raise ValueError(f'the exported network differs from the original by {largest:.2g}: nothing is written')
+            raise ValueError(f'the exported network differs from the original by {largest:.2g}: nothing is '
+                             'written')
 
 # %% ../../nbs/train/13_export.ipynb #751bd3b8
 def described(run: LoadedRun) -> dict: # text -> text
@@ -100,7 +101,8 @@ def same_in_timm(network, name: str, settings: dict) -> tuple:
     import timm
     if settings.get('class_token') is False: settings = settings | dict(global_pool='avg')
     try: known = timm.create_model(name, **settings)
-    except (TypeError, AssertionError) as error: raise ValueError(f'timm builds no such {name}: {error}') from error
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f'timm builds no such {name}: {error}') from error
     if known.state_dict().keys() != network.state_dict().keys(): raise ValueError(f'{name} has other weights')
     known.load_state_dict(network.state_dict())
     return known.eval(), name, settings
@@ -126,7 +128,8 @@ def export_hf(run: LoadedRun, path: Path):
     network, name, settings = timm_network(run)
     prepared = run.transform.settings
     size = prepared['input_size']
-    images = dict(input_size=(len(run.transform.mean), size, size), mean=prepared['mean'], std=prepared['std'])
+    images = dict(input_size=(len(run.transform.mean), size, size), mean=prepared['mean'],
+                  std=prepared['std'])
     images |= dict(interpolation=prepared['interpolation'], crop_pct=prepared['crop_pct'])
     config = dict(label_names=run.classes, architecture=name, pretrained_cfg=images)
     save_for_hf(network, str(path), model_config=config, model_args=settings, safe_serialization=True)
@@ -140,7 +143,8 @@ def export_run(
     format,  # of `FORMATS`
     out,     # file; for 'hf' a new folder
 ) -> Path:   # the file
-    "Export, compare, and only then give it its name. ValueError if the two differ, or the file is there in the wrong kind."
+    """Export, compare, and only then give it its name. ValueError if the two differ, or the file is there
+    in the wrong kind."""
     check_choice('--format', format, FORMATS)
     target = Path(out)
     if format == 'timm' and target.suffix != '.safetensors':

@@ -10,16 +10,18 @@ import json
 import os
 import shutil
 from pathlib import Path
-from ..tools.files import replacing
+from ..tools.files import refuse_training_run, replacing
 from .record import LOCK, RunLock, check_free
 
 # %% ../../nbs/train/08_folder.ipynb #896e5e22
-START_FILES = ('recipe.json', 'run.json', 'last.ckpt', 'events.out.', LOCK)  # how the names of the first files of a run begin
+START_FILES = ('recipe.json', 'run.json', 'last.ckpt', '.last.ckpt.tmp', 'events.out.',
+               LOCK)  # how the first files of a run are named
 
 def is_unfinished(
     folder: Path, # that exists
 ) -> bool:
-    "Whether a folder holds nothing but a run in which no epoch was finished: nothing is lost if another one starts there."
+    """Whether a folder holds nothing but a run in which no epoch was finished: nothing is lost if another
+    one starts there."""
     names = [path.name for path in folder.iterdir()]
     if 'recipe.json' not in names or not all(name.startswith(START_FILES) for name in names): return False
     if 'last.ckpt' not in names: return True
@@ -33,9 +35,11 @@ def check_out(
     "Raise ValueError if `folder` cannot become a new run; writes nothing."
     folder = Path(folder)
     if folder.is_file(): raise ValueError(f'out={str(folder)!r} is a file; give a new folder')
+    refuse_training_run(folder.absolute().parent)
     check_free(folder)
     if folder.is_dir() and any(folder.iterdir()) and not is_unfinished(folder):
-        raise ValueError(f'out={str(folder)!r} is not empty; give a new folder, or go on with --resume {folder}')
+        raise ValueError(f'out={str(folder)!r} is not empty; give a new folder, or go on with --resume '
+                         f'{folder}')
     parent = next(p for p in folder.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(folder if folder.exists() else parent, os.W_OK):
         raise ValueError(f'out={str(folder)!r}: {parent} is not a folder that can be written to')

@@ -26,6 +26,7 @@ from ..tools import compat
 from vitdynconv.train.callbacks import (
     Accumulation, AverageAccuracy, ClipNorm, Distributed, EpochRecorder, Mixing, Progress, RecipeSchedule, SetEpoch,
     WeightAverage, accuracy)
+from .shard import InStep
 
 # %% ../../nbs/train/03_learner.ipynb #2124947b
 class CrossEntropy(nn.CrossEntropyLoss):
@@ -120,7 +121,8 @@ def values_for(
 
 # %% ../../nbs/train/03_learner.ipynb #f2f71870
 class DepthGroups(OptimWrapper):
-    "A PyTorch optimizer as fastai reads it: one parameter list and one set of hyperparameters for each depth."
+    """A PyTorch optimizer as fastai reads it: one parameter list and one set of hyperparameters for each
+    depth."""
     @property
     def depths(self) -> list[list[dict]]: # torch's groups of each depth, the decaying one last
         found = {}
@@ -128,7 +130,10 @@ class DepthGroups(OptimWrapper):
             found.setdefault(group.get('depth', number), []).append(group)
         return list(found.values())
     @property
-    def param_lists(self): return [sum([group['params'] for group in groups], []) for groups in self.depths]
+    def param_lists(self):
+        lists = []
+        for groups in self.depths: lists.append([p for group in groups for p in group['params']])
+        return lists
     @property
     def hypers(self) -> list[dict]:
         "fastai's names -> values, for each depth; rates without `lr_scale`, so that what is read can be set."
@@ -285,7 +290,7 @@ def recipe_callbacks(
     if recipe.ema: cbs.append(WeightAverage(recipe.ema_decay))
     if recipe.channels_last: cbs.append(ChannelsLast())
     if recipe.amp and device.type == 'cuda': cbs.append(MixedPrecision(recipe.amp))
-    if dist.is_initialized(): cbs.append(Distributed())
+    if dist.is_initialized(): cbs.append(InStep() if recipe.shard else Distributed())
     return cbs
 
 # %% ../../nbs/train/03_learner.ipynb #6c7f52fb

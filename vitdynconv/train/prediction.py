@@ -20,7 +20,8 @@ class PictureTransform:
     "A picture as the network of a run sees it in evaluation: PIL image -> Tensor (channels, size, size)."
     def __init__(
         self,
-        settings: dict, # input_size, interpolation, crop_pct, mean, std; the last two with one number per channel
+        # input_size, interpolation, crop_pct, mean, std; the last two with one number per channel
+        settings: dict,
     ):
         from torch import tensor
         from vitdynconv.data.images import image_transforms
@@ -59,7 +60,8 @@ class LoadedRun:
         return f'LoadedRun({self.path}: {count / 1e6:.2f} M parameters, {len(self.classes)} classes)'
 
 # %% ../../nbs/train/12_prediction.ipynb #77e491a8
-WEIGHTS = ('best.safetensors', 'model.safetensors', 'last.ckpt')  # of a run, in the order in which they are preferred
+# of a run, in the order in which they are preferred
+WEIGHTS = ('best.safetensors', 'model.safetensors', 'last.ckpt')
 
 def weights_file(
     path,    # folder of a run, or a file of weights
@@ -67,7 +69,8 @@ def weights_file(
     "Which weights are loaded. ValueError if there are none."
     path = Path(path)
     if path.is_file(): return path
-    if not path.is_dir(): raise ValueError(f'{path} does not exist: give the folder of a run, or a file of weights')
+    if not path.is_dir():
+        raise ValueError(f'{path} does not exist: give the folder of a run, or a file of weights')
     for name in WEIGHTS:
         if (path/name).is_file(): return path/name
     raise ValueError(f'{path} has none of {", ".join(WEIGHTS)}: give the folder of a run of vdc_train')
@@ -86,7 +89,8 @@ def load_run(
     path,            # folder of a run, or one of its files: .safetensors or .ckpt
     weights='model', # or 'ema', for the averaged weights of a .ckpt
 ) -> LoadedRun:
-    "A trained network with its transform and its class names. ValueError if there is none, or if it is damaged."
+    """A trained network with its transform and its class names. ValueError if there is none, or if it is
+    damaged."""
     from vitdynconv.train.evaluate import model_with_weights, read_weights
     path = weights_file(path)
     recipe, tensors, record = read_weights(path, weights)
@@ -150,7 +154,8 @@ def as_run(
     if isinstance(run, LoadedRun): return run
     if isinstance(run, (str, Path)): return load_run(run)
     if not hasattr(run, 'pretrained_cfg'):
-        raise ValueError(f'{type(run).__name__} does not say how its images are prepared: give a run or a timm model')
+        raise ValueError(f'{type(run).__name__} does not say how its images are prepared: give a run or a '
+                         'timm model')
     from timm.data import resolve_model_data_config
     config = resolve_model_data_config(run)
     settings = config | dict(input_size=config['input_size'][-1])
@@ -193,7 +198,8 @@ def predict(
             if image is None: unreadable.append(name)
             else: names.append(name), inputs.append(image)
         if not inputs: continue
-        for name, row in zip(names, probabilities(run, inputs)): said.append(ranked(run, name, row, min(top, len(run.classes))))
+        for name, row in zip(names, probabilities(run, inputs)):
+            said.append(ranked(run, name, row, min(top, len(run.classes))))
     complain_unreadable(unreadable, len(found))
     return said
 

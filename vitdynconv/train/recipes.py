@@ -135,6 +135,7 @@ class Machine:
     channels_last: bool = setting(False, 'memory order of images', OURS)
     compile: bool = setting(False, 'torch.compile', OURS)
     keep_best: int = setting(3, 'checkpoints kept besides the last', OURS, between(0))
+    shard: bool = setting(False, 'each process keeps a part of the network and of its optimizer', OURS)
 
 # %% ../../nbs/train/01_recipes.ipynb #8ad91bca
 @dataclass(frozen=True)
@@ -154,6 +155,9 @@ class Recipe(Machine, Augmentation, Regularization, Schedule, ModelSize, ModelSe
         elif (self.mixup or self.cutmix) and self.batch_size // self.grad_accum % 2:
             wrong.append(f'batch_size={self.batch_size} gives odd parts, '
                          'but images are mixed in pairs: make it even')
+        if self.shard and (self.amp == 'fp16' or self.channels_last or self.compile):
+            wrong.append("shard=True does not go with amp='fp16', channels_last or compile: leave them out, "
+                         "or take amp='bf16'")
         owners = self.owners('model') | dict(pretrained='pretrained')
         for name in set(self.model_args) & set(owners):
             wrong.append(f'model_args holds {name!r}: set the field {owners[name]} of the recipe')
@@ -176,7 +180,8 @@ def recipe_options(
         if each.name in without: continue
         check = each.metadata['check']
         limits = f' ({check.words})' if check else ''
-        options.append(Option(each.name, str, None, each.metadata['words'] + limits))
+        alone = 'yes' if isinstance(each.default, bool) else ''   # --shard is --shard yes
+        options.append(Option(each.name, str, None, each.metadata['words'] + limits, alone=alone))
     return options
 
 # %% ../../nbs/train/01_recipes.ipynb #519fe6ef

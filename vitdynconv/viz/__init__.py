@@ -9,4 +9,5 @@ __getattr__, __dir__, __all__ = lazy_names(
     figures="draw_block draw_pair draw_merge draw_channels draw_selection draw_position",
     systems="draw_systems",
     explorer="explore explore_page",
+    trained="explore_heads",
 )
