@@ -10,9 +10,10 @@ __all__ = ['MapMixer', 'size_after', 'stage_grids', 'ConvertedStages', 'DynamicC
 import torch
 from fastcore.basics import patch
 from timm.layers import to_2tuple
+from timm.models import register_notrace_module
 from timm.models.convnext import ConvNeXt
 from torch import nn, Tensor
-from ...layers.attention import is_plain, one_operation
+from ...layers.attention import is_plain
 from ...layers.depthwise import DepthwiseSelfAttention
 from ...layers.position import kernel_to_table
 from ..adapter import Backbone, Converted, Place, register_backbone, set_module
@@ -20,7 +21,7 @@ from ..adapter import Backbone, Converted, Place, register_backbone, set_module
 from ..fitting import checkpoint_filter_fn
 
 # %% ../../../nbs/models/adapters/02_convnext.ipynb #bb013mm
-@one_operation
+@register_notrace_module
 class MapMixer(nn.Module):
     "A mixer of tokens, (b, n, dim), as a layer of maps, (b, dim, H, W)."
     def __init__(self, mixer: nn.Module):
@@ -89,13 +90,15 @@ class MapBackbone(Backbone):
     head_dim = 32      # channels of a head, about
 
     def mixers(self):
-        "Path -> layer, in order. ValueError, naming it, for a layer of another class in timm's model."
-        mixers = {f'{path}.{self.layer}': getattr(block, self.layer)
-                  for path, block in self.find_blocks().items()}
-        for path, mixer in mixers.items():
-            if type(self.model) is self.theirs and type(mixer) is not self.their_layer:
-                raise self.refusal(f'{path} is a {type(mixer).__module__}.{type(mixer).__name__}')
-        return mixers
+        "Path -> layer, in order."
+        return {f'{path}.{self.layer}': getattr(block, self.layer)
+                for path, block in self.find_blocks().items()}
+
+    def check_mixer(self, path, mixer):
+        "ValueError, naming it, for a layer of another class in timm's model, or one with hooks."
+        super().check_mixer(path, mixer)
+        if type(self.model) is self.theirs and type(mixer) is not self.their_layer:
+            raise self.refusal(f'{path} is a {type(mixer).__module__}.{type(mixer).__name__}')
 
 # %% ../../../nbs/models/adapters/02_convnext.ipynb #2b8deced
 @patch
@@ -172,8 +175,8 @@ class ConvNeXtBackbone(MapBackbone):
 
     def check_mixer(self, path, mixer):
         "Only a plain convolution can be exchanged, or a mixer from an earlier conversion."
-        super().check_mixer(path, mixer)
-        if isinstance(mixer, MapMixer) or is_plain(mixer, nn.Conv2d): return
+        if isinstance(mixer, MapMixer) or is_plain(mixer, nn.Conv2d):
+            return super().check_mixer(path, mixer)
         weights = ', '.join(mixer.state_dict()) or 'no weights'
         kind = f'{type(mixer).__module__}.{type(mixer).__name__}'
         raise ValueError(f'{path} is a {kind} with {weights}; only a plain nn.Conv2d can be '
