@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'CrossEntropy', 'head_names', 'layer_numbers', 'parameter_depths', 'decays', 'parameter_groups',
-           'values_for', 'DepthGroups', 'DepthOptimizer', 'start_processes', 'RecipeLearner', 'mixing_callback',
-           'recipe_callbacks', 'warn_of_amp', 'create_learner']
+           'values_for', 'DepthGroups', 'DepthOptimizer', 'attempt_store', 'start_processes', 'RecipeLearner',
+           'mixing_callback', 'recipe_callbacks', 'warn_of_amp', 'create_learner']
 
 # %% ../../nbs/train/03_learner.ipynb #8712487b
 import math
@@ -160,6 +160,12 @@ class DepthOptimizer(DepthGroups):
         set_item_pg(group, self.bwd_map[name], value)
 
 # %% ../../nbs/train/03_learner.ipynb #efc27778
+def attempt_store(timeout: timedelta) -> dist.Store:
+    "Where the processes of this attempt leave their addresses for each other."
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    store, _, _ = next(dist.rendezvous('env://', timeout=timeout))
+    return dist.PrefixStore(f'attempt {attempt}', store)
+
 def start_processes(
     timeout=600,  # seconds that one process waits for another before the run ends with an error
 ) -> tuple:       # (rank, processes, device of this one)
@@ -170,7 +176,9 @@ def start_processes(
     device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
     if cuda: torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if cuda else 'gloo', timeout=timedelta(seconds=timeout))
+        wait = timedelta(seconds=timeout)
+        dist.init_process_group('nccl' if cuda else 'gloo', store=attempt_store(wait), rank=rank,
+                                world_size=world, timeout=wait)
     return rank, world, device
 
 # %% ../../nbs/train/03_learner.ipynb #d9a5806d
