@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitdynconv.layers.activations import ACTIVATIONS, FAMILIES, SCALES, Activation, create_activation, register
+from vitdynconv.layers.activations import ACTIVATIONS, create_activation
+from vitdynconv.layers.families.activation import FAMILIES, SCALES, Activation, register
 from vitdynconv.layers.equivalence import attention, attention_as_convs
 from vitdynconv.tools.testing import assert_equal
 

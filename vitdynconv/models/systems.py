@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from ..fast.dispatch import accelerate
 from ..layers.attention import DynamicConvAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
-from ..layers.selection import ProjectedKernels
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d
+from ..layers.selections.projected import ProjectedKernels
 from .adapter import Backbone, Place
 from .backbones import backbone_of
 from .surgery import operate
