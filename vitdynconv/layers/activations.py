@@ -6,18 +6,16 @@
 __all__ = ['PAPER_FAMILIES', 'create_activation']
 
 # %% ../../nbs/layers/02_activations.ipynb #22c01041
-import importlib
-import pkgutil
 from difflib import get_close_matches
 from torch import nn
 from . import families
 from .families.activation import ACTIVATIONS
+from ..tools.discovery import import_modules, put_in_order
 
 # %% ../../nbs/layers/02_activations.ipynb #8bc47146
-PAPER_FAMILIES = 'softmax', 'pointwise', 'layernorm'  # Table 2's, in its order; then what else is there
+PAPER_FAMILIES = 'softmax', 'pointwise', 'layernorm'  # Table 2's, in its order
 
-for family in *PAPER_FAMILIES, *[info.name for info in pkgutil.iter_modules(families.__path__)]:
-    importlib.import_module(f'{families.__name__}.{family}')
+put_in_order(ACTIVATIONS, import_modules(families, first=PAPER_FAMILIES))
 
 # %% ../../nbs/layers/02_activations.ipynb #42eec116
 def create_activation(

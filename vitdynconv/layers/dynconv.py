@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from timm.layers import to_ntuple
 from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
+from .dconv import DynamicConv1d, DynamicConv2d  # all of the ConvNets' are found here
 from .dconv import conv_per_image, exporting, pad_map, taps
 from ..tools.compat import one_operation
 

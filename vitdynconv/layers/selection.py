@@ -6,18 +6,16 @@
 __all__ = ['PAPER_RULES', 'placed_on', 'create_selection']
 
 # %% ../../nbs/layers/04_selection.ipynb #5d55eb29
-import importlib
 import inspect
-import pkgutil
 from difflib import get_close_matches
 from . import selections
 from .selections.rule import SELECTIONS
+from ..tools.discovery import import_modules, put_in_order
 
 # %% ../../nbs/layers/04_selection.ipynb #de876cbb
-PAPER_RULES = 'rule', 'window', 'projected'  # section 3.3's, in its order; then what else is there
+PAPER_RULES = 'rule', 'window', 'projected'  # section 3.3's, in its order
 
-for module in *PAPER_RULES, *[info.name for info in pkgutil.iter_modules(selections.__path__)]:
-    importlib.import_module(f'{selections.__name__}.{module}')
+put_in_order(SELECTIONS, import_modules(selections, first=PAPER_RULES))
 
 # %% ../../nbs/layers/04_selection.ipynb #selplace
 def placed_on(
