@@ -56,7 +56,7 @@ class DConv:
     "D-Conv (section 3.3; arXiv 1912.03458): a static bank of kernels, mixed for each image."
     kernel_size: int | None = None # odd; None for 3, or for that of the convolution that it replaces
     num_kernels: int = 4           # M, the size of the static bank
-    # of the router's softmax, to be annealed: see `vitdynconv.layers.dynconv.anneal`
+    # of the router's softmax, to be annealed: see `vitdynconv.layers.dconv.anneal`
     temperature: float = 30.
     maps = True
 
