@@ -14,7 +14,7 @@ from .activations import create_activation
 from .equivalence import attention
 from .mixer import (
     activation_on_grid, split_heads, TokenMixer, with_dropout)
-from .takeover import copy_weights, timm_settings
+from .takeover import center_only, copy_weights, timm_settings
 from ..tools.compat import one_operation
 
 # %% ../../nbs/layers/07_attention.ipynb #94d66f96
@@ -110,5 +110,5 @@ def from_timm(cls: DynamicConvAttention,
     ours = cls(**timm_settings(attn) | dict(attn_drop=attn.attn_drop.p) | settings)
     placed = {name: settings[name] for name in ('device', 'dtype') if name in settings}
     copy_weights(ours, attn, ['qkv', 'q_norm', 'k_norm', 'proj', 'taps'], **placed)
-    ours.center_only(attn)
+    center_only(ours, attn)
     return ours.train(attn.training)

@@ -185,5 +185,5 @@ def from_timm(cls: DepthwiseSelfAttention,
     layers = ['q_norm', 'k_norm', 'proj']
     if hasattr(attn, 'qk'): layers.append('taps')      # those of a pair of kernels make values, too
     copy_weights(ours, attn, layers, **placed)
-    ours.center_only(attn)
+    center_only(ours, attn)
     return ours.train(attn.training)

@@ -11,6 +11,7 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import nn, Tensor
+from ...tools.discovery import enter
 
 # %% ../../../nbs/layers/families/00_activation.ipynb #3f415273
 FAMILIES = 'fused', 'linear', 'layernorm', 'pointwise', 'rows'
@@ -124,16 +125,9 @@ ACTIVATIONS: dict[str, type[Activation]] = {}  # name -> class
 def register(name: str):
     """Class decorator: enter an activation into `ACTIVATIONS` under `name`. ValueError if the name is taken
     or the family unknown."""
-    def enter(cls):
-        old = ACTIVATIONS.get(name, cls)
-        if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f'the name {name!r} belongs to {old.__module__}.{old.__qualname__}; choose '
-                             'another one, '
-                             f'or call ACTIVATIONS.pop({name!r}) first to replace it')
+    def check_and_enter(cls):
         if cls.family not in FAMILIES:
             raise ValueError(f'{cls.__name__} has family={cls.family!r}; choose one of '
                              f'{", ".join(FAMILIES)}')
-        cls.name = name
-        ACTIVATIONS[name] = cls
-        return cls
-    return enter
+        return enter(ACTIVATIONS, name, cls, 'ACTIVATIONS')
+    return check_and_enter

@@ -7,27 +7,21 @@ __all__ = ['SELECTIONS', 'register_selection', 'Selection', 'with_prefix', 'AllK
 
 # %% ../../../nbs/layers/selections/00_rule.ipynb #47ea80fc
 import math
+from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from timm.layers import to_2tuple
 from torch import nn, Tensor
+from ...tools.discovery import enter
 
 # %% ../../../nbs/layers/selections/00_rule.ipynb #selbase1
 SELECTIONS: dict[str, type] = {}  # name -> class
 
 def register_selection(name: str):
     "Class decorator: enter a selection into `SELECTIONS`. ValueError for a name that is taken."
-    def enter(cls):
-        old = SELECTIONS.get(name, cls)
-        if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f'the name {name!r} belongs to {old.__module__}.{old.__qualname__}; '
-                             f'choose another one, or call SELECTIONS.pop({name!r}) first to replace it')
-        SELECTIONS[name] = cls
-        cls.name = name
-        return cls
-    return enter
+    return partial(enter, SELECTIONS, name, label='SELECTIONS')
 
 # %% ../../../nbs/layers/selections/00_rule.ipynb #selbase2
 class Selection(nn.Module):
