@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .mixer import TokenMixer, split_heads
 from .takeover import (
-    copy_module, copy_weights, hooks_of, is_plain, timm_settings)
+    center_only, copy_module, copy_weights, hooks_of, is_plain, timm_settings)
 from .equivalence import with_position
 from ..tools.compat import one_operation
 
