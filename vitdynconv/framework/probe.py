@@ -177,11 +177,12 @@ class Probe:
 # %% ../../nbs/framework/01_probe.ipynb #f71b641f
 @patch
 def feature_gradient(self: Probe,
-    channel: int | None = None, # of the output; None: a random mixture of all
-) -> Tensor:                    # of the shape of q
-    "How the output at the position reacts to the feature map."
+    channel: int | None = None,  # of the output; None: a random mixture of all
+    position: int | None = None, # of the output; None: the one that is watched
+) -> Tensor:                     # of the shape of q
+    "How the output at a position reacts to the feature map."
     q = self.q.detach().requires_grad_()
-    out = self.cut(q, self.made)[self.position]
+    out = self.cut(q, self.made)[self.position if position is None else position]
     mixture = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     target = out @ mixture if channel is None else out[channel]
     return torch.autograd.grad(target, q, materialize_grads=True)[0]
@@ -211,13 +212,20 @@ def stride(self: Probe) -> int:
     area = self.q[0, 0].numel() / self.positions
     return round(area ** (1 / (self.q.ndim - 2)))
 
+# %% ../../nbs/framework/01_probe.ipynb #reachtok
+@patch
+def tokens_read(self: Probe, position: int) -> int:
+    "The side of the square of tokens whose queries one output reads; at the edge of a window it is cut off."
+    gradient = self.feature_gradient(position=min(position, self.positions - 1)).abs()
+    return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
+
 # %% ../../nbs/framework/01_probe.ipynb #039b3485
 @patch
 def reach(self: Probe) -> int:
     """Positions along the first axis that the output is made of: its own and twice those on the side away
     from the border."""
+    if self.cut.parts: return max(self.tokens_read(self.position + step) for step in (0, 1))
     gradient = self.feature_gradient().abs()
-    if self.cut.parts: return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
     rows = is_nonzero(gradient[0].sum(0).reshape(gradient.shape[2], -1).sum(1))
     positions_per_row = math.prod(math.ceil(n / self.stride()) for n in gradient.shape[3:])
     centre = self.position // positions_per_row * self.stride()
