@@ -177,12 +177,11 @@ class Probe:
 # %% ../../nbs/framework/01_probe.ipynb #f71b641f
 @patch
 def feature_gradient(self: Probe,
-    channel: int | None = None,  # of the output; None: a random mixture of all
-    position: int | None = None, # of the output; None: the one that is watched
-) -> Tensor:                     # of the shape of q
-    "How the output at a position reacts to the feature map."
+    channel: int | None = None, # of the output; None: a random mixture of all
+) -> Tensor:                    # of the shape of q
+    "How the output at the position reacts to the feature map."
     q = self.q.detach().requires_grad_()
-    out = self.cut(q, self.made)[self.position if position is None else position]
+    out = self.cut(q, self.made)[self.position]
     mixture = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     target = out @ mixture if channel is None else out[channel]
     return torch.autograd.grad(target, q, materialize_grads=True)[0]
@@ -212,20 +211,13 @@ def stride(self: Probe) -> int:
     area = self.q[0, 0].numel() / self.positions
     return round(area ** (1 / (self.q.ndim - 2)))
 
-# %% ../../nbs/framework/01_probe.ipynb #reachtok
-@patch
-def tokens_read(self: Probe, position: int) -> int:
-    "The side of the square of tokens whose queries one output reads; at the edge of a window it is cut off."
-    gradient = self.feature_gradient(position=min(position, self.positions - 1)).abs()
-    return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
-
 # %% ../../nbs/framework/01_probe.ipynb #039b3485
 @patch
 def reach(self: Probe) -> int:
     """Positions along the first axis that the output is made of: its own and twice those on the side away
     from the border."""
-    if self.cut.parts: return max(self.tokens_read(self.position + step) for step in (0, 1))
     gradient = self.feature_gradient().abs()
+    if self.cut.parts: return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
     rows = is_nonzero(gradient[0].sum(0).reshape(gradient.shape[2], -1).sum(1))
     positions_per_row = math.prod(math.ceil(n / self.stride()) for n in gradient.shape[3:])
     centre = self.position // positions_per_row * self.stride()
@@ -360,7 +352,7 @@ def with_values(self: Probe, values: Tensor) -> Tensor:
 # %% ../../nbs/framework/01_probe.ipynb #713e95ef
 @patch
 def count_mixtures(self: Probe) -> int:
-    "Number of kernels after a soft selection from a bank of pairs."
+    "Number of kernels after a soft selection from a bank of pairs: the rank of rows, one for each output."
     _, values = self.keys_and_values()
     values = values.detach().requires_grad_()
     rows = []
@@ -369,6 +361,7 @@ def count_mixtures(self: Probe) -> int:
         if self.cut.parts: row = gradient.reshape(-1, gradient.shape[-1])[:, 0]
         else: row = gradient[0, 0].flatten()
         if row.any(): rows.append(row)  # at the border, a part of a k x k kernel lies outside
+        # the rank is looked at when the number of rows is 1, 2, 4, 8, ...: it costs more than a row
         full = len(rows) > 0 and len(rows) & (len(rows) - 1) == 0 and rank(torch.stack(rows)) < len(rows)
         if full: break                  # more outputs would add nothing
     return rank(torch.stack(rows))
