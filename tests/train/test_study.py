@@ -189,7 +189,7 @@ def test_two_pages_give_the_same_verdicts(page):
     "Each claim that a page shows with a verdict has the verdict of `evidence`, with Holm's adjustment."
     found = evidence(measure(pd.read_csv(COMMITTED/"history.csv")))
     outputs = [o.get("data", {}) for c in json.loads((COMMITTED.parents[1]/page).read_text())["cells"] for o in c.get("outputs", [])]
-    text = "".join("".join(each.get("text/markdown", "")) + "".join(each.get("text/html", "")) for each in outputs)
+    text = "\n|".join("".join(each.get("text/markdown", "")) + "".join(each.get("text/html", "")) for each in outputs)
     shown = 0
     for claim, verdict in zip(found.claim, found.verdict):
         for place in re.finditer(re.escape(claim), text):

@@ -191,7 +191,8 @@ def paper_accuracies() -> dict[Row, float]:
 def evidence(
     runs: pd.DataFrame, # of `measure`
 ) -> pd.DataFrame:      # those of `judge`, and paper, before, after: points and percent
-    "The predictions about accuracy: the paper's difference, both of our accuracies, the verdict. ValueError for a missing row."
+    """The predictions about accuracy: the paper's difference, both of our accuracies, the verdict. ValueError
+    for a row that was not run."""
     paper = paper_accuracies()
     ours = runs.groupby(ROW).accuracy.mean()
     lines = judge(ACCURACY, runs)
