@@ -22,10 +22,13 @@ from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
 from .spec import NO_KERNELS, KernelSpec, kernel_makers, generators
-from ..layers.activations import Activation, create_activation
+from ..layers.families.activation import Activation
+from ..layers.activations import create_activation
 from ..layers.attention import DynamicConvAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
-from ..layers.selection import Selection, ProjectedKernels
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d
+from ..layers.selections.rule import Selection
+from ..layers.selections.projected import ProjectedKernels
 from ..tools.compat import HOOKS
 
 # %% ../../nbs/framework/01_probe.ipynb #cec10b5c

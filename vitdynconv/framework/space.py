@@ -25,9 +25,12 @@ from ..layers.activations import ACTIVATIONS
 from ..layers.attention import DynamicConvAttention
 from ..layers.conv import to_map, to_tokens
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, GeneratedConv2d
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d, GeneratedConv2d
 from ..layers.kxk import KernelAttention2d
-from ..layers.selection import SELECTIONS, ProjectedKernels, WindowKernels, create_selection
+from ..layers.selection import SELECTIONS, create_selection
+from ..layers.selections.projected import ProjectedKernels
+from ..layers.selections.window import WindowKernels
 from ..tools.compat import private_hooks
 from ..tools.testing import Difference
 
