@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
-from .spec import NO_KERNELS, KernelSpec, kernel_makers, generators
+from .spec import NO_KERNELS, KernelSpec, kernel_makers
+from .spec import further_generators, generators
 from ..layers.activations import Activation, create_activation
 from ..layers.attention import DynamicConvAttention
 from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
@@ -43,6 +44,7 @@ class CutMixer:
         self.run = getattr(module, HOOKS['attend']) if windows else module
         self.x = x.double()
         self.layers, self.parts = generators(self.mixer)
+        self.further = further_generators(self.mixer)
         # None: q is the input
         self.query = self.layers[0] if self.parts else getattr(self.mixer, 'query', None)
         # the static convolution
@@ -69,8 +71,11 @@ def own_activation(mixer: nn.Module) -> str | Activation | None:
 # %% ../../nbs/framework/01_probe.ipynb #b59904d4
 @patch
 def make_neutral(self: CutMixer) -> None: # changes the copy
-    "Zero position tables, and softmax in place of an activation of this library."
+    """Zero position tables, softmax in place of an activation of this library, and random taps in place of
+    taps of zero, with which large kernels start."""
     for table in self.tables: table.zero_()
+    for layer in self.further:
+        if not any(p.any() for p in layer.parameters()): nn.init.normal_(layer.weight, std=.1)
     if self.activation is None: return
     softmax = create_activation('softmax', head_dim=getattr(self.activation, 'head_dim', None) or 16)
     for slot in ACTIVATION_SLOTS:
@@ -106,7 +111,9 @@ def kernels(self: CutMixer,
         start = output.shape[-1] // self.parts if self.parts else 0  # the first part is the feature map
         made.append(output[..., start:])
 
-    self.run_replacing(z, [(layer, record) for layer in self.layers])
+    replacements = [(layer, record) for layer in self.layers]
+    replacements += [(layer, made.append) for layer in self.further]
+    self.run_replacing(z, replacements)
     return made
 
 # %% ../../nbs/framework/01_probe.ipynb #2ff613fc
@@ -132,6 +139,8 @@ def __call__(self: CutMixer,
     "Run the dynamic convolution of the mixer over q with the given kernels."
     if self.parts: replacements = [(self.query, constant(torch.cat([q, made[0]], -1)))]
     else: replacements = [(layer, constant(kernels)) for layer, kernels in zip(self.layers, made)]
+    further = made[len(made) - len(self.further):]
+    replacements += [(layer, constant(kernels)) for layer, kernels in zip(self.further, further)]
     if self.query is not None and not self.parts: replacements.append((self.query, constant(q)))
     arrived = []
     with ExitStack() as stack:
@@ -175,10 +184,11 @@ class Probe:
 @patch
 def feature_gradient(self: Probe,
     channel: int | None = None, # of the output; None: a random mixture of all
+    position: int | None = None, # of the output; None: the one that is watched
 ) -> Tensor:                    # of the shape of q
-    "How the output at the position reacts to the feature map."
+    "How the output at a position reacts to the feature map."
     q = self.q.detach().requires_grad_()
-    out = self.cut(q, self.made)[self.position]
+    out = self.cut(q, self.made)[self.position if position is None else position]
     mixture = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     target = out @ mixture if channel is None else out[channel]
     return torch.autograd.grad(target, q, materialize_grads=True)[0]
@@ -204,7 +214,9 @@ def is_nonzero(gradient: Tensor) -> Tensor:
 @patch
 def stride(self: Probe) -> int:
     "By which factor the output is smaller than the feature map."
-    if self.cut.parts: return 1
+    if self.cut.parts:
+        p = getattr(self.cut.mixer, 'num_prefix_tokens', 0)
+        return round(((self.q[..., 0].numel() - p) / (self.positions - p)) ** .5)
     area = self.q[0, 0].numel() / self.positions
     return round(area ** (1 / (self.q.ndim - 2)))
 
@@ -213,12 +225,25 @@ def stride(self: Probe) -> int:
 def reach(self: Probe) -> int:
     """Positions along the first axis that the output is made of: its own and twice those on the side away
     from the border."""
+    if self.cut.parts: return self.reach_of_tokens()
     gradient = self.feature_gradient().abs()
-    if self.cut.parts: return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
     rows = is_nonzero(gradient[0].sum(0).reshape(gradient.shape[2], -1).sum(1))
     positions_per_row = math.prod(math.ceil(n / self.stride()) for n in gradient.shape[3:])
     centre = self.position // positions_per_row * self.stride()
     return 1 + 2 * int(max(rows[:centre].sum(), rows[centre + 1:].sum()))
+
+# %% ../../nbs/framework/01_probe.ipynb #93b4da59
+@patch
+def reach_of_tokens(self: Probe) -> int:
+    """`reach` for tokens of a map, from its first row, which has the most room on one side. Without a known
+    map: the side of a square of as many positions."""
+    mixer = self.cut.mixer
+    grid = getattr(mixer, 'live_grid', None) or getattr(mixer, 'grid_size', None)
+    first = getattr(mixer, 'num_prefix_tokens', 0)
+    gradient = self.feature_gradient(position=None if grid is None else first).abs().sum(-1)
+    if grid is None: return math.isqrt(int(is_nonzero(gradient).sum()))
+    rows = is_nonzero(gradient)[0, first:].unflatten(0, grid).any(1)
+    return 1 + 2 * int(rows[1:].sum())
 
 # %% ../../nbs/framework/01_probe.ipynb #80985c2f
 @patch
@@ -336,14 +361,22 @@ def count_bank(self: Probe, images: int = 16) -> int:
 @patch
 def keys_and_values(self: Probe) -> tuple[Tensor, Tensor]:
     "The two halves of a bank of pairs."
-    return self.made[0].chunk(2, -1) if self.cut.parts else self.made
+    if not self.cut.parts: return self.made
+    if self.has_own_values(): return self.made[0], self.made[-1]
+    return self.made[0].chunk(2, -1)
+
+@patch
+def has_own_values(self: Probe) -> bool:
+    "Does a layer of its own make the values of tokens?"
+    return bool(self.cut.parts) and hasattr(self.cut.mixer, 'value')
 
 # %% ../../nbs/framework/01_probe.ipynb #66cd0f00
 @patch
 def with_values(self: Probe, values: Tensor) -> Tensor:
     "The output, (positions, channels), with other values in place of the bank's."
     keys, _ = self.keys_and_values()
-    made = [torch.cat([keys, values], -1)] if self.cut.parts else [keys, values]
+    if self.has_own_values() or not self.cut.parts: made = [keys, values]
+    else: made = [torch.cat([keys, values], -1), *self.made[1:]]
     return self.cut(self.q, made)
 
 # %% ../../nbs/framework/01_probe.ipynb #713e95ef
@@ -387,7 +420,8 @@ def confirmed_rule(self: Probe) -> str | None:
 # %% ../../nbs/framework/01_probe.ipynb #9c595e1c
 @patch
 def bank(self: Probe) -> tuple[str, str, int | None]: # bank, selection, number of kernels
-    "The bank and how kernels are selected from it."
+    "The bank and how kernels are selected from it. A kernel that no image changes is a static bank of one."
+    if not (self.kernel_type() == 'pair' or self.image_gradient().any()): return 'static', 'all', 1
     mine = self.selected()
     number = int(max(s.sum() for s in [mine, *self.other_sets()]))
     named = self.confirmed_rule()
@@ -493,8 +527,9 @@ def uses_pos_embed(module: nn.Module, x: Tensor) -> bool:
 # %% ../../nbs/framework/01_probe.ipynb #db61e212
 def own_image_size(module: nn.Module) -> tuple | None:
     "(H, W) of a model's images, if it says so."
-    size = getattr(getattr(module, 'patch_embed', None), 'img_size', None)
-    if size: return tuple(size)
+    for owner in getattr(module, 'patch_embed', None), module:
+        size = getattr(owner, 'img_size', None)
+        if isinstance(size, tuple | list): return tuple(size)
     configuration = getattr(module, 'pretrained_cfg', None) or {}
     return configuration.get('input_size', (None,))[-2:] if 'input_size' in configuration else None
 

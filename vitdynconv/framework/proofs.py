@@ -228,7 +228,6 @@ proof('D-DW-Conv', 'generator, kernel for each image',
 proof('D-DW-Conv', 'involution',
       'NumPy')(partial(generated_case, make=involution, size=(3, 3), pool='block', stride=2))
 
-
 # %% ../../nbs/framework/04_proofs.ipynb #c2d24a5b
 def activation_case(dtype, name: str) -> Comparison:
     "Two dynamic convolutions with this activation, position bias and mask, against its formula"
@@ -349,8 +348,9 @@ def selection_proofs() -> list[Proof]:
 
 # %% ../../nbs/framework/04_proofs.ipynb #b16dab13
 def all_proofs() -> list[Proof]:
-    "The list, and one for each entry of the registries."
-    return [*PROOFS, *activation_proofs(), *selection_proofs()]
+    "The list, one for each entry of the registries, and those of the chapter beyond the paper."
+    from vitdynconv.beyond.proofs import beyond_proofs  # which needs whole networks
+    return [*PROOFS, *activation_proofs(), *selection_proofs(), *beyond_proofs()]
 
 # %% ../../nbs/framework/04_proofs.ipynb #e3d24ab2
 def equivalence_table(
