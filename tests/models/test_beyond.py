@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from vitdynconv import convert, create_model, describe, to_timm
-from vitdynconv.beyond.kept import kept_kernels, share_kept, with_topk
-from vitdynconv.beyond.mixers import WideValues, equal_depth, nonlinearity
-from vitdynconv.beyond.plan import NETWORKS, QUESTIONS, Question, answer
-from vitdynconv.beyond.pyramid import PyramidTransformer, stage_grids
-from vitdynconv.beyond.proofs import beyond_proofs
+from vitdynconv.models.kept import kept_kernels, share_kept, with_topk
+from vitdynconv.models.mixers import WideValues, equal_depth, nonlinearity
+from vitdynconv.study.beyond import NETWORKS, QUESTIONS, Question, answer
+from vitdynconv.models.pyramid import PyramidTransformer, stage_grids
+from vitdynconv.framework.beyond import beyond_proofs
 from vitdynconv.layers.strided import Strided, StridedDepthwise
 from vitdynconv.models.cost import Cost, count
 from vitdynconv.models.formulas import swin_cost, vit_cost

@@ -349,7 +349,7 @@ def selection_proofs() -> list[Proof]:
 # %% ../../nbs/framework/04_proofs.ipynb #b16dab13
 def all_proofs() -> list[Proof]:
     "The list, one for each entry of the registries, and those of the chapter beyond the paper."
-    from vitdynconv.beyond.proofs import beyond_proofs  # which needs whole networks
+    from vitdynconv.framework.beyond import beyond_proofs  # which needs whole networks
     return [*PROOFS, *activation_proofs(), *selection_proofs(), *beyond_proofs()]
 
 # %% ../../nbs/framework/04_proofs.ipynb #e3d24ab2

@@ -17,7 +17,7 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
-from ..beyond import mixers, pyramid
+from . import mixers, pyramid
 from .bundled import BODIES, fashion_config, with_weights
 from .backbones import BACKBONES, backbone_class, find_mixers
 from .paper import PAPER_BASES
