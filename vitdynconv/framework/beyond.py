@@ -18,11 +18,11 @@ from torch.func import functional_call
 from ..models.mixers import MixerBlock, WideValues
 from ..models.pyramid import PyramidBlock, PyramidTransformer
 from . import reference
-from .proofs import Comparison, Proof, judged, normal, prepared
+from .reference import Comparison, Proof, judged, normal, prepared
 from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
-from ..layers.strided import StridedDepthwise, strided_rows
+from ..layers.strided import StridedDepthwise
 from ..models.adapters.convnext import hold_static_kernel
 from ..models.systems import constant_bank, constant_generator
 

@@ -8,7 +8,6 @@ __all__ = ['CONVNEXT', 'SELECTED', 'convnext_models', 'kept_share', 'answers', '
 # %% ../../nbs/framework/06_rows.ipynb #47eb67f7
 from torch import nn
 from .probe import describe
-from .spec import KernelSpec
 from ..models.registry import create_model
 from ..models.surgery import Conversion
 

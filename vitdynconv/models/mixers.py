@@ -14,14 +14,14 @@ import torch
 from fastcore.basics import patch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn, Tensor
-from .pyramid import Body
-from ..layers.attention import DynamicConvAttention, copy_weights
-from ..layers.attention import one_operation, split_heads
+from ..layers.attention import DynamicConvAttention, copy_weights, split_heads
 from .adapter import register_backbone
 from .adapters.vit import DynamicConvViT, ViTBackbone
 from .backbones import find_mixers
 # timm looks for it in the module of a model's class
 from .fitting import checkpoint_filter_fn
+from .pyramid import Body
+from ..tools.compat import one_operation
 
 # %% ../../nbs/models/16_mixers.ipynb #e542dfb7
 class MixerBlock(Block):

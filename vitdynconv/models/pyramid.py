@@ -19,7 +19,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn, Tensor
 from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.strided import Strided, StridedAttention, StridedDepthwise, strided_rows
+from ..layers.strided import Strided, StridedAttention, StridedDepthwise
 from .adapter import Backbone, Converted, Place, register_backbone
 # timm looks for it in the module of a model's class
 from .fitting import checkpoint_filter_fn
