@@ -136,7 +136,7 @@ def test_proofs(proof):
 
 # Large kernels
 
-@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("pos", ["abs", "rel"])
 @pytest.mark.parametrize("kind", ["softmax", "ln", "scaling merged", "depthwise"])
 def test_formula_and_measurement_agree_in_every_unit(k, pos, kind):
@@ -256,9 +256,9 @@ def test_equal_multiply_adds():
     for depthwise in False, True:
         kernel = "depthwise" if depthwise else "pair"
         sizes = dict(img_size=64, patch_size=8, depth=6)
-        want = count(create_model("deit_small_patch16_224", kernel=kernel, **sizes), form="literal").total.macs
+        want = count(create_model("deit_tiny_patch16_224", kernel=kernel, **sizes), form="literal").total.macs
         for variant in "deep", "wide":
-            name = f"vit_small_{'depthwise_' if depthwise else ''}mixers_{variant}"
+            name = f"vit_tiny_{'depthwise_' if depthwise else ''}mixers_{variant}"
             found = count(create_model(name, match_size=64, **sizes), form="literal").total.macs
             assert abs(found / want - 1) < .02, (name, found, want)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['taps_at', 'kernels_with_taps', 'large_attention', 'large_depthwise', 'large_tokens', 'strided_depthwise',
-           'strided_block', 'pyramid_of_ones', 'wide_values', 'mixer_alone', 'static_kernel', 'as_bank', 'as_generator',
-           'AsTables', 'beyond_proofs']
+           'strided_block', 'pyramid_of_ones', 'wide_values', 'layer_norm', 'mixer_alone', 'static_kernel', 'as_bank',
+           'as_generator', 'AsTables', 'beyond_proofs']
 
 # %% ../../nbs/framework/07_beyond.ipynb #61de9bdf
 from collections.abc import Callable
@@ -164,16 +164,23 @@ def wide_values(dtype: torch.dtype) -> Comparison:
 
     return judged(ours, definition, normal(2, 12, 8, dtype=dtype))
 
+def layer_norm(x: np.ndarray, state: dict, name: str, eps: float) -> np.ndarray:
+    "LayerNorm over the last axis."
+    centered = x - x.mean(-1, keepdims=True)
+    deviation = np.sqrt((centered * centered).mean(-1, keepdims=True) + eps)
+    return centered / deviation * state[f'{name}.weight'] + state[f'{name}.bias']
+
 def mixer_alone(dtype: torch.dtype) -> Comparison:
-    "A block without FFN against timm's block whose FFN gives zero, tokens (2, 12, 16)."
-    theirs = prepared(Block(16, 2, qkv_bias=True), dtype)
-    for p in theirs.mlp.fc2.parameters(): nn.init.zeros_(p)
-    ours = MixerBlock(16, 2, qkv_bias=True).to(dtype)
-    weights = {name: p for name, p in theirs.named_parameters() if name.startswith(('norm1', 'attn'))}
+    "A block without FFN, tokens (2, 12, 16)."
+    ours = prepared(MixerBlock(16, 2, qkv_bias=True, mixer=DynamicConvAttention), dtype)
 
-    def computed(x): return functional_call(ours, weights, (x,))
+    def definition(x, state):
+        inside = {name.removeprefix('attn.'): w for name, w in state.items() if name.startswith('attn.')}
+        weights_of = reference.formula_of(ours.attn.act, inside, 'act.', 8)
+        normed = layer_norm(x, state, 'norm1', ours.norm1.eps)
+        return x + reference.attention_mixer(normed, inside, 2, weights_of)
 
-    return Comparison(computed, theirs.forward, dict(x=normal(2, 12, 16, dtype=dtype)), weights)
+    return judged(ours, definition, normal(2, 12, 16, dtype=dtype))
 
 # %% ../../nbs/framework/07_beyond.ipynb #c866658d
 def static_kernel(
@@ -220,7 +227,7 @@ def beyond_proofs() -> list[Proof]:
         ('block, stride 2', 'timm Block, subsampled', strided_block),
         ('pyramid, strides 1', 'timm VisionTransformer', pyramid_of_ones),
         ('values wider than keys', 'NumPy', wide_values),
-        ('block without FFN', 'timm Block, FFN of zeros', mixer_alone),
+        ('block without FFN', 'NumPy', mixer_alone),
     ]
     held = [('constant bank', as_bank), ('constant generator', as_generator),
             ('depth-wise, table per channel', AsTables)]
