@@ -21,7 +21,8 @@ from . import reference
 from .reference import Comparison, Proof, judged, normal, prepared
 from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d
 from ..layers.strided import StridedDepthwise
 from ..models.adapters.convnext import hold_static_kernel
 from ..models.systems import constant_bank, constant_generator

@@ -23,10 +23,13 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
 from .spec import NO_KERNELS, KernelSpec, kernel_makers
 from .spec import further_generators, generators
-from ..layers.activations import Activation, create_activation
+from ..layers.families.activation import Activation
+from ..layers.activations import create_activation
 from ..layers.attention import DynamicConvAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
-from ..layers.selection import Selection, ProjectedKernels
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d
+from ..layers.selections.rule import Selection
+from ..layers.selections.projected import ProjectedKernels
 from ..tools.compat import HOOKS
 
 # %% ../../nbs/framework/01_probe.ipynb #cec10b5c
@@ -382,7 +385,7 @@ def with_values(self: Probe, values: Tensor) -> Tensor:
 # %% ../../nbs/framework/01_probe.ipynb #713e95ef
 @patch
 def count_mixtures(self: Probe) -> int:
-    "Number of kernels after a soft selection from a bank of pairs."
+    "Number of kernels after a soft selection from a bank of pairs: the rank of rows, one for each output."
     _, values = self.keys_and_values()
     values = values.detach().requires_grad_()
     rows = []
@@ -391,6 +394,7 @@ def count_mixtures(self: Probe) -> int:
         if self.cut.parts: row = gradient.reshape(-1, gradient.shape[-1])[:, 0]
         else: row = gradient[0, 0].flatten()
         if row.any(): rows.append(row)  # at the border, a part of a k x k kernel lies outside
+        # the rank is looked at when the number of rows is 1, 2, 4, 8, ...: it costs more than a row
         full = len(rows) > 0 and len(rows) & (len(rows) - 1) == 0 and rank(torch.stack(rows)) < len(rows)
         if full: break                  # more outputs would add nothing
     return rank(torch.stack(rows))

@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from ..layers.attention import DynamicConvAttention
 from ..layers.equivalence import attention
-from ..layers.selection import TopKernels
+from ..layers.selections.topk import TopKernels
 
 # %% ../../nbs/models/17_kept.ipynb #828dbb06
 def noting(

@@ -14,7 +14,9 @@ import torch
 from fastcore.basics import patch
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn, Tensor
-from ..layers.attention import DynamicConvAttention, copy_weights, split_heads
+from ..layers.attention import DynamicConvAttention
+from ..layers.mixer import split_heads
+from ..layers.takeover import copy_weights
 from .adapter import register_backbone
 from .adapters.vit import DynamicConvViT, ViTBackbone
 from .backbones import find_mixers
