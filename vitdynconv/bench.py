@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUITES', 'PICTURES', 'Suite', 'processor', 'machine', 'check_options', 'check_gpu', 'run_suite', 'bench_files',
-           'vdc_bench']
+           'print_summary', 'vdc_bench']
 
 # %% ../nbs/bench.ipynb #8947f500
 import os
@@ -103,6 +103,20 @@ def bench_files(suite: str, out: str, csv: str, json: str, plot: str) -> dict:
     if Path(out).is_file(): raise ValueError(f'--out {out} is a file; name a folder')
     return dict(csv=f'{out}/rows.csv', json=f'{out}/rows.json', plot=f'{out}/scaling.png')
 
+# %% ../nbs/bench.ipynb #benchsm1
+def print_summary(
+    rows: list, # of `Row`
+) -> None:
+    "How many goals were met, and how many rows a busy machine spoiled."
+    goals = [row.met for row in rows if row.met]
+    noisy = sum(row.moved is not None and row.moved > 10 for row in rows)
+    if goals:
+        print(f'goals met: {goals.count("yes")} of {len(goals)}, near: {goals.count("near")}, not met: '
+              f'{goals.count("no")}')
+    if noisy:
+        print(f'during {noisy} of {len(rows)} rows the matrix products moved by more than 10%: the machine '
+              'was not quiet')
+
 # %% ../nbs/bench.ipynb #d3a367cb
 @command
 def vdc_bench(
@@ -139,11 +153,4 @@ def vdc_bench(
     if drawn:
         from vitdynconv.suites.core import draw_scaling
         draw_scaling(drawn, files['plot'])
-    goals = [row.met for row in rows if row.met]
-    noisy = sum(row.moved is not None and row.moved > 10 for row in rows)
-    if goals:
-        print(f'goals met: {goals.count("yes")} of {len(goals)}, near: {goals.count("near")}, not met: '
-              f'{goals.count("no")}')
-    if noisy:
-        print(f'during {noisy} of {len(rows)} rows the matrix products moved by more than 10%: the machine '
-              'was not quiet')
+    print_summary(rows)
