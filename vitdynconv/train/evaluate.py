@@ -115,11 +115,12 @@ def evaluation_data(
 
 def evaluation_loaders(recipe, record: dict, data: str, reader: str, path) -> tuple:
     "Loaders (and rank) for an evaluation. ValueError if their classes are not those of the weights."
-    from vitdynconv.train.build import recipe_dls
+    from vitdynconv.train.build import IMAGE_NAMES, recipe_dls
     from vitdynconv.train.learner import start_processes
     place = evaluation_data(recipe, record, data, reader, path)
     rank, world, device = start_processes()
-    dls = recipe_dls(recipe.replace(grad_accum=1), *place, rank, world, device)
+    images = {name: record[name] for name in IMAGE_NAMES if record.get(name) is not None}
+    dls = recipe_dls(recipe.replace(grad_accum=1), *place, rank, world, device, images)
     check_classes(record, dls, path)
     for change in data_changes(record, dls):
         if not data and not rank: print(f'not as in training: {change}')

@@ -45,7 +45,7 @@ def record_of(
         in_chans=len(dls.train_ds.mean),
         mean=[float(value) for value in dls.train_ds.mean],
         std=[float(value) for value in dls.train_ds.std],
-        **{name: images[name] for name in ('input_size', 'interpolation', 'crop_pct')},
+        **{name: images.get(name) for name in ('input_size', 'interpolation', 'crop_pct', 'own_size')},
         fingerprint=data_fingerprint(dls),
         command=command,
         version=__version__)
