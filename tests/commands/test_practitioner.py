@@ -237,6 +237,28 @@ def test_no_other_command_writes_into_a_run(copied, capsys, command, below):
     assert sorted(copied.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command, more", [(vdc_demo, {}), (vdc_study, {}), (vdc_study, dict(weights=True)), (vdc_bench, {})])
+@pytest.mark.parametrize("files", [["photo.jpg"], ["history.csv"], ["report.json"], ["study.json", "runs/mine.txt"], ["rows.csv", "photo.jpg"], [".hidden"], ["album/photo.jpg"]])
+def test_no_command_writes_into_a_folder_of_somebody_else(tmp_path, capsys, command, more, files):
+    for name in files:
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    said = line(capsys, command, out=str(tmp_path), **more)
+    assert "has not written" in said or "does not describe a study" in said
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("command, more", [(vdc_predict, dict(images=["pictures"], run="RUN")), (vdc_eval, dict(checkpoint="RUN")), (vdc_cost, dict(model="deit_tiny_patch16_224")), (vdc_equiv, {})])
+@pytest.mark.parametrize("option", ["csv", "json"])
+def test_a_table_never_takes_the_place_of_another_file(home, monkeypatch, capsys, command, more, option):
+    monkeypatch.chdir(home)
+    for target in "pictures/red/red_00.png", "/dev/null":
+        before = Path(target).stat()
+        assert "name another" in line(capsys, command, **more, **{option: target})
+        assert Path(target).stat() == before
+
+
 def test_a_step_that_fails_leaves_nothing(home, tmp_path, monkeypatch, capsys):
     def broken(*_, **__): raise RuntimeError("mat1 and mat2 do not fit")
     monkeypatch.setattr("vitdynconv.train.build.create_optimizer_v2", broken)
