@@ -40,13 +40,13 @@ class ModelSize:
     num_classes: int | None = setting(
         1000, 'None: as the data have', 'ImageNet-1k', between(1), 'model.num_classes data.num_classes')
     img_size: int = setting(
-        224, 'pixels a side', MMCLS, between(1), 'model.img_size data.input_size')
+        224, 'pixels a side', MMCLS, between(1, 16384), 'model.img_size data.input_size')
     in_chans: int | None = setting(
         None, 'channels of an image; None: 3', check=between(1), to='model.in_chans data.in_chans')
     depth: int | None = setting(
-        None, 'blocks of a ViT; None: as the base', check=between(1), to='model.depth')
+        None, 'blocks of a ViT; None: as the base', check=between(1, 1000), to='model.depth')
     embed_dim: int | None = setting(
-        None, 'channels of a token; None: as the base', check=between(1), to='model.embed_dim')
+        None, 'channels of a token; None: as the base', check=between(1, 65536), to='model.embed_dim')
     num_heads: int | list | None = setting(
         None, 'heads of a block; one number for each stage of a Swin; None: as the base', check=sizes(),
         to='model.num_heads')
@@ -130,7 +130,7 @@ class Machine:
     seed: int = setting(
         0, 'decides weights, order and augmentation', OURS, between(0, 2**32 - 1), 'data.seed')
     workers: int = setting(
-        4, 'processes that decode, for each that trains', OURS, between(0), 'data.workers')
+        4, 'processes that decode, for each that trains', OURS, between(0, 512), 'data.workers')
     amp: str = setting('', 'reduced precision on a GPU; empty: float32', OURS, one_of('', 'bf16', 'fp16'))
     channels_last: bool = setting(False, 'memory order of images', OURS)
     compile: bool = setting(False, 'torch.compile', OURS)

@@ -147,6 +147,7 @@ def finish(
     average = getattr(learn, 'weight_average', None)
     if average: save_weights(folder/'model_ema.safetensors', average.average.module, learn.recipe, record)
     if rank_distrib(): return
-    best = max(learn.history, key=score)
+    history = list(learn.history)
+    best = history[best_epochs(history, 1)[0] - 1]
     print(f'finished: accuracy {score(learn.history[-1]):.4f}, best {score(best):.4f} in epoch {best["epoch"]}; '
           f'weights in {folder/"model.safetensors"}', flush=True)
