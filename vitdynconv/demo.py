@@ -109,6 +109,7 @@ def check_demo(
     names = [name.strip() for name in variants.split(',') if name.strip()]
     if not names: raise ValueError(f'--variants is empty; choose from {", ".join(VARIANTS)}')
     for name in names: check_choice('--variants', name, VARIANTS)
+    if len(set(names)) < len(names): raise ValueError(f'--variants {variants} names one twice; leave it out once')
     if epochs < 0: raise ValueError(f'--epochs {epochs} trains nothing; give 1 or more')
     if threads < 1: raise ValueError(f'--threads {threads} is no number of threads; give 1 or more')
     return names

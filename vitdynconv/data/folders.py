@@ -95,7 +95,7 @@ def class_of(name: str) -> str:
 
 def class_folders(root: str | Path) -> list:
     "Names of the folders in a folder, hidden ones left out."
-    return [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
+    return [entry.name for entry in os.scandir(root) if os.path.isdir(entry.path) and not is_hidden(entry.name)]
 
 # %% ../../nbs/data/05_folders.ipynb #fp0im2x
 @patch

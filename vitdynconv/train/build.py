@@ -8,6 +8,7 @@ __all__ = ['IMAGE_NAMES', 'weights_images', 'crop_share', 'small_images', 'run_i
 # %% ../../nbs/train/06_build.ipynb #752e9b9f
 import copy
 import math
+import re
 import timm
 import torch
 from timm.optim import create_optimizer_v2
@@ -101,7 +102,9 @@ def recipe_model(
     # timm's answers to settings that it does not know or cannot combine
     except (TypeError, AssertionError) as error:
         reason = ' '.join(str(error).split()) or 'its settings do not fit together'
-        words = f'{recipe.model} cannot be built: {reason}; change model_args, or the sizes'
+        unknown = re.search("keyword argument '(depth|embed_dim|num_heads|class_token)'", reason)
+        hint = f'leave it to the network with --{unknown[1]} none' if unknown else 'change model_args, or the sizes'
+        words = f'{recipe.model} cannot be built: {reason}; {hint}'
         raise ValueError(words) from error
 
 # %% ../../nbs/train/06_build.ipynb #86f7d70e

@@ -138,7 +138,6 @@ def export_hf(run: LoadedRun, path: Path):
 
 # %% ../../nbs/train/13_export.ipynb #66583091
 FORMATS = dict(onnx=export_onnx, torch=export_torch, timm=export_timm, hf=export_hf)
-
 ENDINGS = dict(onnx='.onnx', torch='.pt2', timm='.safetensors')
 
 def check_export(
@@ -155,6 +154,7 @@ def check_export(
     check_target(str(out), '--out')
     return target
 
+# %% ../../nbs/train/13_export.ipynb #3ce4b763
 def export_run(
     run,     # `LoadedRun`, or the path of one
     format,  # of `FORMATS`

@@ -135,6 +135,7 @@ def opened(
         with Image.open(source) as picture: return transform(picture)
     except UNREADABLE: return None
 
+# %% ../../nbs/train/12_prediction.ipynb #f84d2c6c
 def as_run(
     run,  # `LoadedRun`, path of one, or a timm model
 ) -> LoadedRun:
@@ -191,6 +192,7 @@ def predict(
     complain_unreadable(unreadable, len(found))
     return said
 
+# %% ../../nbs/train/12_prediction.ipynb #cf9cc70a
 def complain_unreadable(unreadable: list, total: int):
     "Count what was left out; ValueError if that is everything."
     if not unreadable: return
@@ -209,6 +211,7 @@ def prediction_rows(said: list) -> list:
         rows.append(row)
     return rows
 
+# %% ../../nbs/train/12_prediction.ipynb #ba539544
 @command
 def vdc_predict(
     images: list[str],     # pictures, or folders of pictures

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS', 'MEMORY', 'IGNORED', 'BRANCH_FIELDS', 'choose_recipe', 'changed_recipe', 'usual_recipe', 'fit_to_pictures',
            'read_record', 'read_run', 'prepare_resume', 'repeating_command', 'wanted_recipe', 'planned_recipe',
-           'prepare_new', 'refuse_ignored', 'prepare_auto', 'prepare_branch', 'prepare', 'is_branch', 'train_run',
-           'check_numbers', 'print_plan', 'vdc_train']
+           'prepare_new', 'refuse_ignored', 'prepare_auto', 'branch_recipe', 'prepare_branch', 'prepare', 'is_branch',
+           'train_run', 'check_numbers', 'print_plan', 'vdc_train']
 
 # %% ../../nbs/train/10_run.ipynb #73fc2ed3
 import json
@@ -31,6 +31,7 @@ def choose_recipe(
     else: raise ValueError(f'recipe={name!r}: choose from {", ".join(RECIPES)}, or give a recipe.json')
     return changed_recipe(recipe, extra, settings)
 
+# %% ../../nbs/train/10_run.ipynb #40492c79
 def changed_recipe(
     recipe: Recipe,
     extra: str,      # fields in words
@@ -84,6 +85,7 @@ def read_record(
     if not complete: raise ValueError(f'{path} is incomplete: data and reader have to be there')
     return record
 
+# %% ../../nbs/train/10_run.ipynb #758b1ddf
 def read_run(
     folder,  # of a run
 ) -> tuple:  # (recipe, record, checkpoint or None)
@@ -151,6 +153,7 @@ def planned_recipe(fields: dict, options: dict) -> Recipe:
         return fit_to_pictures(recipe, data, given)
     return recipe
 
+# %% ../../nbs/train/10_run.ipynb #e43c9b7c
 def prepare_new(fields: dict, options: dict) -> tuple:
     "What a new run needs, as `prepare` gives it."
     recipe = wanted_recipe(fields, options)
@@ -192,10 +195,22 @@ def prepare_auto(fields: dict, options: dict) -> tuple:
 BRANCH_FIELDS = ('lr', 'min_lr', 'clip_grad', 'epochs', 'seed', 'amp', 'grad_accum', 'compile',
                  'channels_last', 'workers', 'keep_best', 'shard')
 
+def branch_recipe(path, checkpoint: dict, fields: dict, options: dict) -> Recipe:
+    "The recipe of a run that begins from a checkpoint. ValueError for a change in the middle of a run."
+    from vitdynconv.train.evaluate import stored_recipe
+    before = stored_recipe(path, checkpoint['recipe'])
+    recipe = changed_recipe(before, options['set'], fields)
+    recipe = recipe.replace(warmup_epochs=min(before.warmup_epochs, recipe.epochs / 2))
+    if recipe.epochs <= checkpoint['epoch']:
+        raise ValueError(f'{path} has {checkpoint["epoch"]} epochs: add --epochs with more')
+    fixed = [name for name in recipe.differences(before) if name not in BRANCH_FIELDS]
+    if not fixed: return recipe
+    raise ValueError(f'--{fixed[0]} cannot change in the middle of a run; choose from {", ".join(BRANCH_FIELDS)}')
+
+# %% ../../nbs/train/10_run.ipynb #runbran2
 def prepare_branch(fields: dict, options: dict) -> tuple:
     "A new run that begins from a checkpoint, with some fields changed, as `prepare` gives it."
     from vitdynconv.train.checkpoint import load_checkpoint
-    from vitdynconv.train.evaluate import stored_recipe
     path = options['resume']
     if not options['out']:
         raise ValueError(f'--resume {path} is a checkpoint: add --out, the folder of the run that begins '
@@ -204,15 +219,7 @@ def prepare_branch(fields: dict, options: dict) -> tuple:
         if options[name]:
             raise ValueError(f'--{name} with --resume {path}: the checkpoint decides; leave it out')
     checkpoint = load_checkpoint(path)
-    before = stored_recipe(path, checkpoint['recipe'])
-    recipe = changed_recipe(before, options['set'], fields)
-    recipe = recipe.replace(warmup_epochs=min(before.warmup_epochs, recipe.epochs / 2))
-    if recipe.epochs <= checkpoint['epoch']:
-        raise ValueError(f'{path} has {checkpoint["epoch"]} epochs: add --epochs with more')
-    fixed = [name for name in recipe.differences(before) if name not in BRANCH_FIELDS]
-    if fixed:
-        raise ValueError(f'--{fixed[0]} cannot change in the middle of a run; choose from '
-                         f'{", ".join(BRANCH_FIELDS)}')
+    recipe = branch_recipe(path, checkpoint, fields, options)
     run = checkpoint['run']
     if 'data' not in run:
         raise ValueError(f'{path} does not say where its data are: vdc_train writes checkpoints that do')

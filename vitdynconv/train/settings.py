@@ -30,14 +30,16 @@ def between(low, high=math.inf) -> Check:
     words = f'at least {low:g}' if high == math.inf else f'from {low:g} to {high:.10g}'
     return Check(lambda value: low <= value <= high, words)
 
-def above(low) -> Check:
-    "Finite numbers above `low`."
-    return Check(lambda value: low < value < math.inf, f'above {low:g}')
+def above(low, high=math.inf) -> Check:
+    "Finite numbers above `low`, up to `high`."
+    limit = '' if high == math.inf else f', up to {high:g}'
+    return Check(lambda value: low < value <= high and value < math.inf, f'above {low:g}{limit}')
 
 def one_of(*values) -> Check:
     "One of `values`."
     return Check(lambda value: value in values, 'one of ' + ', '.join(map(repr, values)))
 
+# %% ../../nbs/train/00_settings.ipynb #536b9a7c
 def sizes() -> Check:
     "A whole number of at least 1, or a list of them, one for each stage."
     def valid(value):
