@@ -132,6 +132,12 @@ def test_exports_give_the_same_logits(home, tmp_path, format):
     assert torch.allclose(same(images), run.model(images), atol=1e-4)
 
 
+def test_a_hub_export_names_its_classes(home, tmp_path):
+    import timm
+    vdc_export(run=str(home/"RUN"), format="hf", out=str(tmp_path/"out"))
+    assert timm.create_model(f"local-dir:{tmp_path/'out'}", pretrained=True).pretrained_cfg["label_names"] == ["blue", "green", "red"]
+
+
 def test_an_export_that_differs_is_not_written(home, tmp_path, monkeypatch, capsys):
     from vitdynconv.train import export
     monkeypatch.setattr(export, "torch_program", lambda run: torch.export.export(torch.nn.Flatten(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)))
@@ -221,6 +227,19 @@ def test_two_writers(copied, capsys):
         assert f"process {os.getpid()} on {socket.gethostname()}" in line(capsys, vdc_train, **arguments)
     lock.release()
     assert not (copied/LOCK).exists()
+
+
+def test_the_fingerprint_sees_a_replaced_picture(copied, capsys):
+    "The same name, and another size in bytes."
+    Image.effect_noise((40, 40), 90).convert("RGB").save(copied.parent/"pictures/red/red_03.png")
+    assert "has other" in line(capsys, vdc_train, resume=str(copied), data=str(copied.parent/"pictures"))
+
+
+def test_a_folder_with_a_recipe_and_a_photograph_is_not_a_run_that_has_begun(home, tmp_path, capsys):
+    RECIPES["pictures"].save(tmp_path/"recipe.json")
+    (tmp_path/"photo.jpg").write_text("mine")
+    assert "is not empty" in line(capsys, vdc_train, data=str(home/"pictures"), out=str(tmp_path), **SMALL)
+    assert (tmp_path/"photo.jpg").read_text() == "mine"
 
 
 def test_a_lock_of_a_dead_process_is_stale(copied):
@@ -353,7 +372,7 @@ TOLD = {
                    "--run RUN --format ONNX --out x.onnx", "--run RUN --format hf --out /proc/hub"],
     "vdc_demo": ["--out pictures", "--out text/x", "--out /proc/demo", "--variants softmax,softmax", "--epochs 1e3", "--seed 99999999999999999999"],
     "vdc_study": ["--plan quick --out pictures", "--weights --plan quick", "--weights --workers 3", "--weights --out pictures", "--plan quick --out /proc/x"],
-    "vdc_bench": ["--out pictures", "--suite scaling --plot pictures/red/red_00.png", "--seconds nan", "--suite core --suite model", "--device cuda:9"],
+    "vdc_bench": ["--out pictures", "--suite scaling --plot text", "--seconds nan", "--suite core --suite model", "--device cuda:9"],
     "vdc_cost": ["--model deit_tiny_patch16_224 --csv pictures/red/red_00.png", "--model deit_tiny_patch16_224 --input-size 1e3", "--table nan"],
     "vdc_convert": ["--model deit_tiny_patch16_224 --out pictures/red/red_00.png", "--model deit_tiny_patch16_224 --out x.safetensors --checkpoint text"],
     "vdc_equiv": ["--tol nan", "--json pictures/red/red_00.png", "--tol 1e-400"],

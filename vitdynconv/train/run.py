@@ -132,7 +132,7 @@ def repeating_command(fields: dict, options: dict) -> str:
     given = {name: options[name] for name in ('data', 'recipe', 'reader', 'set')} | fields
     words = ['vdc_train']
     for name, value in given.items():
-        if value: words += [f'--{name}', str(value)]
+        if value: words += [f'--{name}={value}'] if str(value).startswith('-') else [f'--{name}', str(value)]
     return shlex.join(words)
 
 # %% ../../nbs/train/10_run.ipynb #runwante
@@ -200,7 +200,8 @@ def branch_recipe(path, checkpoint: dict, fields: dict, options: dict) -> Recipe
     from vitdynconv.train.evaluate import stored_recipe
     before = stored_recipe(path, checkpoint['recipe'])
     recipe = changed_recipe(before, options['set'], fields)
-    recipe = recipe.replace(warmup_epochs=min(before.warmup_epochs, recipe.epochs / 2))
+    asked = fields.get('warmup_epochs') or 'warmup_epochs' in options['set']
+    if not asked: recipe = recipe.replace(warmup_epochs=min(before.warmup_epochs, recipe.epochs / 2))
     if recipe.epochs <= checkpoint['epoch']:
         raise ValueError(f'{path} has {checkpoint["epoch"]} epochs: add --epochs with more')
     fixed = [name for name in recipe.differences(before) if name not in BRANCH_FIELDS]
@@ -224,8 +225,8 @@ def prepare_branch(fields: dict, options: dict) -> tuple:
     if 'data' not in run:
         raise ValueError(f'{path} does not say where its data are: vdc_train writes checkpoints that do')
     if options['data']: run = run | dict(data=absolute_data(options['data'], run['reader']))
-    return recipe, check_out(options['out']), run | dict(command=f'{repeating_command(fields, options)} '
-                                                                 f'--resume {path}'), checkpoint
+    command = f'{repeating_command(fields, options)} --resume {shell_words(path)}'
+    return recipe, check_out(options['out'], run['data']), run | dict(command=command), checkpoint
 
 # %% ../../nbs/train/10_run.ipynb #runprepa
 def prepare(
