@@ -182,7 +182,8 @@ def holds_study(
 ) -> bool:
     "Has a study written these files? Its beginning is a hidden draft of its first file."
     names = {path.name for path in folder.iterdir()}
-    return 'study.json' in names or names <= {'.study.json.tmp', 'runs', '.lock'}
+    own = {'.study.json.tmp', 'runs', '.lock', 'history.csv', 'tuning.csv', 'curves.png'}
+    return 'study.json' in names or (names <= own and not names <= {'history.csv', 'tuning.csv', 'curves.png'})
 
 # %% ../../nbs/study/00_plan.ipynb #8da3e145
 def open_study(
