@@ -2,12 +2,14 @@
 
     python tests/mutants.py               all of them, in a copy of the library: a table and the score
     python tests/mutants.py mathematics   those whose area or title contains the word
+    python tests/mutants.py --control     the same tests without any mistake: each must pass, or its kills say nothing
 
 A mutant is a file, a text that occurs in it once, what takes its place, and the tests to run. A mutant that
 survives is a test to be written.
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -113,13 +115,14 @@ def missing(root=ROOT):
     return found
 
 
-def make_copy(folder, mutant):
-    "The library and its tests in `folder`, with one mistake."
+def make_copy(folder, mutant=None):
+    "The library and its tests in `folder`, with one mistake or none."
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("vitdynconv", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "pytest.ini"):
         shutil.copy(ROOT / name, folder)
+    if mutant is None: return
     path = folder / "vitdynconv" / mutant.file
     path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
 
@@ -134,6 +137,7 @@ def run_tests(folder, tests):
         os.dup2(log, 2)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
+        os.environ["PYTHONPATH"] = str(folder)  # for the tests that start a process of their own
         import pytest
 
         words = ["-k", words] if words else []
@@ -144,24 +148,45 @@ def run_tests(folder, tests):
 OUTCOMES = {0: "SURVIVED", 1: "killed", 2: "killed", 5: "NO TEST"}
 
 
+def try_mutant(tests, mutant=None):
+    "The outcome of some tests with one mistake or none, and the test that failed first."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        make_copy(copy, mutant)
+        outcome = OUTCOMES.get(run_tests(copy, tests), "ERROR")
+        failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", (copy / "log").read_text(encoding="utf-8"), re.M)
+    return outcome, failed[1] if failed else ""
+
+
+def control(chosen):
+    "Every selection of tests without a mistake; the number of those that do not pass."
+    wrong = 0
+    for tests in sorted({mutant.tests for mutant in chosen}):
+        outcome, failed = try_mutant(tests)
+        wrong += outcome != "SURVIVED"
+        print(f"{'passed' if outcome == 'SURVIVED' else outcome:9}{tests}  {failed}", flush=True)
+    return wrong
+
+
 def main(words):
     import fastai.vision.all  # noqa: F401  what every test imports, once for all forks
     import timm  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
+    without = "--control" in words
+    words = [word for word in words if word != "--control"]
     chosen = [m for m in MUTANTS if not words or any(word in f"{m.area} {m.title}" for word in words)]
+    if without: return control(chosen)
     killed = 0
     for mutant in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "copy"
-            make_copy(copy, mutant)
-            start = time.time()
-            outcome = OUTCOMES.get(run_tests(copy, mutant.tests), "ERROR")
+        start = time.time()
+        outcome, failed = try_mutant(mutant.tests, mutant)
         killed += outcome == "killed"
-        print(f"{outcome:9}{mutant.area:12}{mutant.title:50}{time.time() - start:5.0f} s", flush=True)
+        print(f"{outcome:9}{mutant.area:12}{mutant.title:50}{time.time() - start:5.0f} s  {failed}", flush=True)
     print(f"{killed} of {len(chosen)} killed")
+    return len(chosen) - killed
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(bool(main(sys.argv[1:])))
