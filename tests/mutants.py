@@ -30,40 +30,45 @@ class Mutant(NamedTuple):
     tests: str  # a file in tests/, and after a blank an expression for pytest's -k
 
 
-ACT, ATT, DEPTH = "layers/activations.py", "layers/attention.py", "layers/depthwise.py"
-POS, SEL, DYN = "layers/position.py", "layers/selection.py", "layers/dynconv.py"
+ACT, SOFTMAX, POINT = "layers/families/activation.py", "layers/families/softmax.py", "layers/families/pointwise.py"
+NORM, LATER = "layers/families/layernorm.py", "layers/families/later.py"
+MIXER, TAKEN, ATT, DEPTH = "layers/mixer.py", "layers/takeover.py", "layers/attention.py", "layers/depthwise.py"
+POS, RULE, SEL = "layers/position.py", "layers/selections/rule.py", "layers/selection.py"
+WINDOW, MIXTURE = "layers/selections/window.py", "layers/selections/projected.py"
+NEAR, TOPK = "layers/selections/neighborhood.py", "layers/selections/topk.py"
+DCONV, DYN = "layers/dconv.py", "layers/dynconv.py"
 ACTIVATIONS = "layers/test_reference_activations.py test_activations"
 WINDOWS, SPACE = "layers/test_reference_mixers.py window", "layers/test_reference_space.py softmax"
 TABLES = "layers/test_reference_attention.py table_to_bias"
 CONVS = "layers/test_reference_convs.py"
 
 MUTANTS = [
-    Mutant("mathematics", "masked variance without its n", ACT, ".square().sum(-1, keepdim=True) / n", ".square().sum(-1, keepdim=True)", ACTIVATIONS),
+    Mutant("mathematics", "masked variance without its n", NORM, ".square().sum(-1, keepdim=True) / n", ".square().sum(-1, keepdim=True)", ACTIVATIONS),
     Mutant("mathematics", "number of all kernels for that of the selected", ACT, "return logits.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)", "return logits.shape[-1]", ACTIVATIONS),
-    Mutant("mathematics", "ReLU6 cut at 5.9", ACT, "staticmethod(F.relu6)", "staticmethod(lambda s: s.clamp(0, 5.9))", ACTIVATIONS),
-    Mutant("mathematics", "softplus drops its tail", ACT, "F.softplus(s, threshold=40)", "F.softplus(s)", "layers/test_reference_attention.py options and softplus"),
-    Mutant("mathematics", "sparsemax sums to two", ACT, "ordered.cumsum(-1) - 1", "ordered.cumsum(-1) - 2", ACTIVATIONS),
+    Mutant("mathematics", "ReLU6 cut at 5.9", LATER, "staticmethod(F.relu6)", "staticmethod(lambda s: s.clamp(0, 5.9))", ACTIVATIONS),
+    Mutant("mathematics", "softplus drops its tail", LATER, "F.softplus(s, threshold=40)", "F.softplus(s)", "layers/test_reference_attention.py options and softplus"),
+    Mutant("mathematics", "sparsemax sums to two", LATER, "ordered.cumsum(-1) - 1", "ordered.cumsum(-1) - 2", ACTIVATIONS),
     Mutant("mathematics", "mean over all kernels", DEPTH, "count = mask.sum(-1, keepdim=True).clamp(min=1)", "count = mask.shape[-1]", "layers/test_reference_attention.py depthwise"),
     Mutant("mathematics", "mean over all kernels, fast", "fast/relative_position.py", "count = mask.sum(-1, keepdim=True).clamp(min=1)", "count = mask.shape[-1]", "layers/test_reference_attention.py depthwise"),
     Mutant("mathematics", "table read at j - i", POS, "(y[:, None] - y + h - 1)", "(y - y[:, None] + h - 1)", TABLES),
     Mutant("mathematics", "height and width of the table swapped", POS, "* (2 * w - 1) + (x[:", "* (2 * h - 1) + (x[:", TABLES),
     Mutant("mathematics", "class token with a bias", POS, "(num_prefix_tokens, 0, num_prefix_tokens, 0))", "(num_prefix_tokens, 0, num_prefix_tokens, 0), value=.1)", TABLES),
-    Mutant("mathematics", "causal mask transposed", ATT, "device=x.device).tril()", "device=x.device).triu()", "layers/test_reference_mixers.py test_mixers"),
-    Mutant("mathematics", "windows the slow axis of the batch", ATT, "mask.repeat(batch // mask.shape[0], 1, 1)", "mask.repeat_interleave(batch // mask.shape[0], 0)", "layers/test_reference_mixers.py test_mixers"),
-    Mutant("mathematics", "windows shifted the other way", SEL, "x.roll((-sh, -sw), (1, 2))", "x.roll((sh, sw), (1, 2))", WINDOWS),
-    Mutant("mathematics", "bias of windows transposed", SEL, "bias[:, slot[:h * w, None], slot]", "bias.mT[:, slot[:h * w, None], slot]", WINDOWS),
-    Mutant("mathematics", "top-k keeps the worst", SEL, "descending=True, stable=True", "descending=False, stable=True", SPACE),
-    Mutant("mathematics", "router by maximum", DYN, "self.router(x.flatten(2).mean(2))", "self.router(x.flatten(2).amax(2))", CONVS),
-    Mutant("mathematics", "router without ReLU", DYN, "hidden), nn.ReLU(), nn.Linear(hidden", "hidden), nn.Identity(), nn.Linear(hidden", CONVS),
-    Mutant("mathematics", "temperature multiplies", DYN, "(scores * MILLION / self.temperature_millionths)", "(scores * self.temperature_millionths / MILLION)", CONVS),
-    Mutant("mathematics", "bias of the bank not mixed", DYN, "None if self.bias is None else p @ self.bias\n", "None if self.bias is None else self.bias.mean(0).expand(len(x), -1)\n", CONVS),
+    Mutant("mathematics", "causal mask transposed", MIXER, "device=x.device).tril()", "device=x.device).triu()", "layers/test_reference_mixers.py test_mixers"),
+    Mutant("mathematics", "windows the slow axis of the batch", MIXER, "mask.repeat(batch // mask.shape[0], 1, 1)", "mask.repeat_interleave(batch // mask.shape[0], 0)", "layers/test_reference_mixers.py test_mixers"),
+    Mutant("mathematics", "windows shifted the other way", WINDOW, "x.roll((-sh, -sw), (1, 2))", "x.roll((sh, sw), (1, 2))", WINDOWS),
+    Mutant("mathematics", "bias of windows transposed", WINDOW, "bias[:, slot[:h * w, None], slot]", "bias.mT[:, slot[:h * w, None], slot]", WINDOWS),
+    Mutant("mathematics", "top-k keeps the worst", TOPK, "descending=True, stable=True", "descending=False, stable=True", SPACE),
+    Mutant("mathematics", "router by maximum", DCONV, "self.router(x.flatten(2).mean(2))", "self.router(x.flatten(2).amax(2))", CONVS),
+    Mutant("mathematics", "router without ReLU", DCONV, "hidden), nn.ReLU(), nn.Linear(hidden", "hidden), nn.Identity(), nn.Linear(hidden", CONVS),
+    Mutant("mathematics", "temperature multiplies", DCONV, "(scores * MILLION / self.temperature_millionths)", "(scores * self.temperature_millionths / MILLION)", CONVS),
+    Mutant("mathematics", "bias of the bank not mixed", DCONV, "None if self.bias is None else p @ self.bias\n", "None if self.bias is None else self.bias.mean(0).expand(len(x), -1)\n", CONVS),
     Mutant("mathematics", "stride by mean pooling", DYN, "[self.ndim - 1](1, self.stride)", "[self.ndim - 1](self.stride, self.stride, ceil_mode=True)", CONVS),
-    Mutant("mathematics", "statistics of LayerNorm in half precision", ACT, "s = at_least_float32(logits)\n        s = F.layer_norm", "s = logits\n        s = F.layer_norm", "layers/test_reference_activations.py half_precision"),
+    Mutant("mathematics", "statistics of LayerNorm in half precision", NORM, "s = at_least_float32(logits)\n        s = F.layer_norm", "s = logits\n        s = F.layer_norm", "layers/test_reference_activations.py half_precision"),
     Mutant("mathematics", "statistics of LayerNorm in half precision, fast", "fast/closed_form.py", "q, k, v = in_float32(q, k, v)\n    k, inverse_deviation", "k, inverse_deviation", "layers/test_reference_attention.py half_precision"),
     Mutant("mathematics", "merged product in half precision", "fast/closed_form.py", "q, k, v = in_float32(q, k, v)\n    summary", "summary", "layers/test_fast.py half_precision"),
-    Mutant("mathematics", "is_causal ignored", ATT, "if is_causal: return None,", "if False: return None,", "layers/test_reference_mixers.py test_mixers"),
-    Mutant("mathematics", "softmax over nothing is uniform", ACT, "masked_fill(empty, 0)).masked_fill(empty, 0)", "masked_fill(empty, 0))", ACTIVATIONS),
-    Mutant("mathematics", "projection of another grid", SEL, "return p if self.live_grid in (None, self.grid_size) else self.resized(p, self.live_grid)", "return p", "layers/test_attention.py mixtures_of_another_grid"),
+    Mutant("mathematics", "is_causal ignored", MIXER, "if is_causal: return None,", "if False: return None,", "layers/test_reference_mixers.py test_mixers"),
+    Mutant("mathematics", "softmax over nothing is uniform", SOFTMAX, "masked_fill(empty, 0)).masked_fill(empty, 0)", "masked_fill(empty, 0))", ACTIVATIONS),
+    Mutant("mathematics", "projection of another grid", MIXTURE, "return p if self.live_grid in (None, self.grid_size) else self.resized(p, self.live_grid)", "return p", "layers/test_attention.py mixtures_of_another_grid"),
     Mutant("mathematics", "per-kernel weights through float32", POS, "(grid.float() if half else grid)", "grid.float()", "layers/test_conv.py own_precision"),
     Mutant("framework", "every activation 'softmax'", "framework/probe.py", "return getattr(own, 'name', own)", "return 'softmax'", "layers/test_framework.py activation_and_position"),
     Mutant("framework", "neighborhoods are windows", "framework/probe.py", "return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)", "return False", "layers/test_framework.py told_apart"),
@@ -94,7 +99,7 @@ MUTANTS = [
     Mutant("data", "unreadable pictures count as evaluated", "data/images.py", "return self.n - int(self.dataset.unreadable[self.draws()[1]].sum())", "return self.n", "train/test_images.py not_counted"),
     Mutant("counting", "LayerNorm charged four times", "models/cost.py", "Rule(partial(norm_macs, each=layernorm, weight=weight))", "Rule(partial(norm_macs, each=layernorm - 1, weight=weight))", "models/test_cost.py"),
     Mutant("counting", "linear layers without bias", "models/formulas.py", "return Cost(n * a * b, a * b + bias * b, n * b)", "return Cost(n * a * b, a * b, n * b)", "models/test_cost.py"),
-    Mutant("surgery", "tables of channels interleaved", ATT, "table.copy_(resized.repeat_interleave(times, 1))", "table.copy_(resized.repeat(1, times))", "layers/test_reference_mixers.py each_of_its_channels"),
+    Mutant("surgery", "tables of channels interleaved", TAKEN, "table.copy_(resized.repeat_interleave(times, 1))", "table.copy_(resized.repeat(1, times))", "layers/test_reference_mixers.py each_of_its_channels"),
     Mutant("surgery", "q_norm not carried over", ATT, "ours = cls(**timm_settings(attn)", "attn.q_norm = nn.Identity()\n    ours = cls(**timm_settings(attn)", "layers/test_reference_mixers.py carried"),
     Mutant("surgery", "hooks lost", "models/adapter.py", "hooks = ' and '.join(hooks_of(mixer))", "hooks = ''", "models/test_weights.py hooks_on"),
     Mutant("surgery", "mixers have no graph", "tools/compat.py", "if not proxies: return nn.Module", "return nn.Module", "models/test_models.py list_of_leaves"),

@@ -548,6 +548,47 @@ def depthwise_mixer(x, state, heads, grid=None, prefix=0, mask=None):
     return linear(tokens_of(y), state, "proj")
 
 
+def taps_around(i, grid, size):
+    """(tap, position) for the neighbours of position i that lie on the map."""
+    row, column = divmod(i, grid[1])
+    found = []
+    for tap, (down, right) in enumerate(product(range(size), repeat=2)):
+        r, c = row + down - size // 2, column + right - size // 2
+        if 0 <= r < grid[0] and 0 <= c < grid[1]:
+            found.append((tap, r * grid[1] + c))
+    return found
+
+
+def depthwise_taps(x, state, heads, size, grid, mask=None, count=None):
+    """Depth-wise attention with kernels of size x size (sections 4.3 and 5): (b, n, dim) to the same.
+
+    State: `qk`, `taps`, `proj`, perhaps a table. `mask` (n, n) says which kernels a position averages;
+    with `count` it is the `count` whose answers are largest.
+    """
+    q, centre = heads_of(linear(x, state, "qk"), 2, heads)
+    others = list(heads_of(linear(x, state, "taps"), size * size - 1, heads))
+    kernels = [*others[: size * size // 2], centre, *others[size * size // 2 :]]
+    b, h, n, d = q.shape
+    chosen = np.ones((b, h, n, n)) if mask is None else np.broadcast_to(mask, (b, h, n, n)).astype(float)
+    if count:
+        answers = np.zeros((b, h, n, n), complex)
+        for i in range(n):
+            for tap, j in taps_around(i, grid, size):
+                answers[:, :, i] += np.einsum("bhd,bhmd->bhm", q[:, :, j], kernels[tap])
+        chosen = best(answers, count).astype(float)
+    bias = position_of(state, grid, 0)
+    y = np.zeros((b, h, n, d), complex)
+    for i in range(n):
+        mine = chosen[:, :, i]
+        for tap, j in taps_around(i, grid, size):
+            mean = np.einsum("bhm,bhmd->bhd", mine, kernels[tap]) / mine.sum(-1, keepdims=True)
+            y[:, :, i] += q[:, :, j] * mean
+        if bias is not None:
+            y[:, :, i] += np.einsum("hm,bhm,bhmd->bhd", bias[:, i], mine, sum(kernels))
+    y = linear(tokens_of(y), state, "proj")
+    return y if np.iscomplexobj(x) or any(np.iscomplexobj(w) for w in state.values()) else y.real
+
+
 def windowed(x, mixer, window, shift=(0, 0)):
     """A mixer of tokens in the windows of a map (b, H, W, c); `mixer(tokens, mask)`."""
     grid = x.shape[1:3]

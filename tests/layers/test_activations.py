@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitdynconv.layers.activations import ACTIVATIONS, FAMILIES, SCALES, Activation, create_activation, register
+from vitdynconv.layers.activations import ACTIVATIONS, create_activation
+from vitdynconv.layers.families.activation import FAMILIES, SCALES, Activation, register
 from vitdynconv.layers.equivalence import attention, attention_as_convs
 from vitdynconv.tools.testing import assert_equal
 
@@ -207,7 +208,7 @@ def test_order_of_kernels_does_not_matter_without_position(name, h, n, d):
 
 def test_register_refuses_a_name_twice_and_an_unknown_family():
     class Mine(Activation): "Nothing in particular."
-    with pytest.raises(ValueError, match=r"'relu' belongs to vitdynconv.layers.activations.ReLU.*ACTIVATIONS.pop\('relu'\)"): register('relu')(Mine)
+    with pytest.raises(ValueError, match=r"'relu' belongs to vitdynconv.layers.families.later.ReLU.*ACTIVATIONS.pop\('relu'\)"): register('relu')(Mine)
     assert ACTIVATIONS['relu'].__name__ == 'ReLU'
     class Odd(Activation): family = 'odd'
     with pytest.raises(ValueError, match="family='odd'.*fused"): register('mine')(Odd)

@@ -16,11 +16,13 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from vitdynconv.layers.activations import ACTIVATIONS
-from vitdynconv.layers.attention import DynamicConvAttention, copy_module, is_plain, layer_size
+from vitdynconv.layers.attention import DynamicConvAttention
+from vitdynconv.layers.takeover import copy_module, is_plain, layer_size
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from vitdynconv.layers.equivalence import attention_as_convs
 from vitdynconv.layers.position import RelativePosition
-from vitdynconv.layers.selection import ProjectedKernels, Selection
+from vitdynconv.layers.selections.projected import ProjectedKernels
+from vitdynconv.layers.selections.rule import Selection
 from vitdynconv.tools.testing import assert_equal, difference
 
 few = settings(max_examples=25, deadline=None, derandomize=True)

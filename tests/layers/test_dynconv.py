@@ -16,11 +16,13 @@ from torch import nn
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.conv import to_map, to_tokens
 from vitdynconv.tools.testing import assert_equal, difference
-from vitdynconv.layers.dynconv import (DynamicConv1d, DynamicConv2d, DynamicDepthwiseConv1d, DynamicDepthwiseConv2d,
-                                       GeneratedConv2d, Involution2d, anneal, conv_by_patches, conv_per_image, local_conv)
+from vitdynconv.layers.dconv import DynamicConv1d, DynamicConv2d, anneal, conv_by_patches, conv_per_image
+from vitdynconv.layers.dynconv import (
+    DynamicDepthwiseConv1d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d, local_conv)
 from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import attention_to_convs
-from vitdynconv.layers.selection import ProjectedKernels, WindowKernels
+from vitdynconv.layers.selections.projected import ProjectedKernels
+from vitdynconv.layers.selections.window import WindowKernels
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 odd, small = st.sampled_from([1, 3, 5]), st.integers(1, 3)

@@ -4,16 +4,10 @@ import pytest
 
 import numpy_reference as ref
 from reference_checks import *
-from vitdynconv.layers.dynconv import (
-    DynamicConv1d,
-    DynamicConv2d,
-    DynamicDepthwiseConv1d,
-    DynamicDepthwiseConv2d,
-    GeneratedConv2d,
-    Involution2d,
-)
+from vitdynconv.layers.dconv import DynamicConv1d, DynamicConv2d
+from vitdynconv.layers.dynconv import DynamicDepthwiseConv1d, DynamicDepthwiseConv2d, GeneratedConv2d, Involution2d
 from vitdynconv.layers.kxk import KernelAttention2d
-from vitdynconv.layers.selection import WindowKernels
+from vitdynconv.layers.selections.window import WindowKernels
 
 
 @pytest.mark.parametrize("literal", [False, True])

@@ -11,7 +11,8 @@ from reference_checks import *
 from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from vitdynconv.layers.position import resize_per_kernel
-from vitdynconv.layers.selection import ProjectedKernels, WindowKernels
+from vitdynconv.layers.selections.projected import ProjectedKernels
+from vitdynconv.layers.selections.window import WindowKernels
 
 
 WINDOWS = [  # grid, window, shift

@@ -43,6 +43,10 @@ def cell_reference(spec, x, state, grid, heads):
     if any(key.startswith("mixer.") for key in state):
         tokens = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
         inner = below(state, "mixer")
+        if "taps.weight" in inner:
+            count = BEST if spec.selection == "topk" else None
+            y = ref.depthwise_taps(tokens, inner, heads, size, grid, mask, count)
+            return y.swapaxes(1, 2).reshape(x.shape)
         if spec.selection == "topk":
             mask = ref.best_of_tokens(tokens, inner, heads, BEST)
         name = spec.activation or "depthwise"

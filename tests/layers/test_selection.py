@@ -23,8 +23,12 @@ from vitdynconv.layers.conv import to_map, to_tokens
 from vitdynconv.tools.testing import assert_equal, difference
 from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import attention, attention_to_convs, convs_to_attention
-from vitdynconv.layers.selection import (SELECTIONS, SHARING, AllKernels, NeighborhoodKernels, ProjectedKernels, TopKernels,
-                                         WindowKernels, create_selection, projections)
+from vitdynconv.layers.selection import SELECTIONS, create_selection
+from vitdynconv.layers.selections.projected import SHARING, ProjectedKernels, projections
+from vitdynconv.layers.selections.rule import AllKernels
+from vitdynconv.layers.selections.neighborhood import NeighborhoodKernels
+from vitdynconv.layers.selections.topk import TopKernels
+from vitdynconv.layers.selections.window import WindowKernels
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 sizes = st.tuples(st.integers(3, 11), st.integers(3, 11))
@@ -458,7 +462,7 @@ def test_an_object_without_a_map_takes_the_mixers():
 
 
 def test_new_rules_register_once():
-    from vitdynconv.layers.selection import Selection, register_selection
+    from vitdynconv.layers.selections.rule import Selection, register_selection
     @register_selection("diagonal")
     class Diagonal(Selection):
         def mask(self, h, w, device=None): return torch.eye(h * w, dtype=torch.bool, device=device)

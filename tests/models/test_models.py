@@ -11,7 +11,7 @@ import torch
 
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.models.paper import TABLE2, TABLE3
-from vitdynconv.layers.dynconv import anneal
+from vitdynconv.layers.dconv import anneal
 from vitdynconv.models.backbones import find_mixers
 from vitdynconv.models.registry import BASES, create_model, paper_model
 from vitdynconv.models.adapters.swin import DynamicConvSwin

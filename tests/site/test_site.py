@@ -245,19 +245,17 @@ def test_readmes_example_shows_its_output():
     assert re.search(r"\d(e-\d\d) of the outputs, \de-\d\d of the gradients", output)
 
 
-def test_readmes_table_is_the_papers_the_counted_and_the_measured():
+def test_readmes_table_is_the_counted_and_the_measured():
     import csv
     from vitdynconv.models.cost import Cost
     from vitdynconv.models.formulas import table3_formula
-    from vitdynconv.models.paper import TABLE3
     with open(NBS/"results/speed.csv", newline="") as file: measured = {row["work"]: float(row["ratio"]) for row in csv.DictReader(file) if row["suite"] == "model"}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if re.match(r"\| (DeiT|Swin)-", line)]
     assert len(rows) == 8
-    for network, mixer, _, gflops, mparams, macts, inference, training in rows:
+    for network, mixer, _, gflops, inference, training in rows:
         base, kernel, activation = network.lower().replace("-", "_"), *(("pair", "softmax") if mixer == "softmax" else ("depthwise", "scaling"))
-        paper, = [r for r in TABLE3 if (r["base"], r["activation"], r["kernel"], r["pos"]) == (base, activation, kernel, "rel")]
         ours = sum(table3_formula(base, activation, kernel, "rel").values(), Cost())
-        assert (gflops, mparams, macts) == tuple(f"{paper[unit]:.3f} / {getattr(ours, unit):.3f}" for unit in ("gflops", "mparams", "macts"))
+        assert gflops == f"{ours.gflops:.2f}"
         stale = "speed.csv has changed: make notebooks NB=nbs/index.ipynb && make readme"
         assert inference == f"{measured[f'{base} {mixer} rel, inference']:.2f}" and training == f"{measured[f'{base} {mixer} rel, training']:.2f}", stale
 

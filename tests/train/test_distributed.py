@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from test_train import TINY, TORCHRUN, rows_of, same_bytes, tree  # noqa: F401 (
 from vitdynconv.train.checkpoint import load_checkpoint, save_weights
 from vitdynconv.data import digits_dls
 from vitdynconv.train.evaluate import vdc_eval
+from vitdynconv.train.learner import attempt_store
 from vitdynconv.train.recipes import RECIPES
 from vitdynconv.train.build import recipe_dls, recipe_model
 
@@ -133,6 +135,19 @@ def test_a_run_that_loses_processes_ends_by_itself(runs, tmp_path):
         assert process.wait(500) == 0, (tmp_path/'log').read_text()
     assert 'going on after epoch 1 of 2' in (tmp_path/'log').read_text()
     assert same_bytes(runs/'two', tmp_path/'RUN', 'model.safetensors', 'model_ema.safetensors')
+
+
+def test_a_restarted_process_never_reads_the_address_of_a_dead_one(monkeypatch):
+    "torchrun keeps one store over all attempts: what one attempt wrote is invisible to the next."
+    kept = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    for name, value in dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=kept.port, RANK=0, WORLD_SIZE=2, TORCHELASTIC_USE_AGENT_STORE=True).items():
+        monkeypatch.setenv(name, str(value))
+    for attempt in '012':
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', attempt)
+        store = attempt_store(timedelta(seconds=10))
+        assert not store.check(['address'])
+        store.set('address', attempt)
+        assert store.get('address') == attempt.encode()
 
 
 def test_processes_share_the_images_without_overlap():

@@ -24,7 +24,7 @@ from timm.optim import param_groups_layer_decay
 
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.data import digits_dls
-from vitdynconv.layers.dynconv import DynamicConv2d
+from vitdynconv.layers.dconv import DynamicConv2d
 from vitdynconv.train.callbacks import MeanLoss, Mixing, accuracy, sum_over_processes
 from vitdynconv.train.learner import create_learner, parameter_depths, parameter_groups
 from vitdynconv.train.logbook import StepLog, peak_memory

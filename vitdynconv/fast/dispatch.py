@@ -19,8 +19,12 @@ from .closed_form import (is_shorter, layernorm_attention, linear_attention, nor
 from .products import autocast_dtype, recorded, trains, without_autocast
 from .relative_position import (bias_product, masked_mean, masked_position, relative_position)
 from .tiled import STORED, Tiled, by_closed_form, layernorm_weights, pointwise_attention
-from ..layers.activations import (ACTIVATIONS, Activation, KernelLayerNorm, Pointwise, Softmax,
-                                           SoftmaxPlusOne)
+from ..layers.activations import ACTIVATIONS
+from ..layers.families.activation import Activation
+from ..layers.families.layernorm import KernelLayerNorm
+from ..layers.families.pointwise import Pointwise
+from ..layers.families.softmax import Softmax
+from ..layers.families.later import SoftmaxPlusOne
 from ..layers.depthwise import check_depthwise, depthwise_attention
 from ..layers.equivalence import as_activation, attention, check_shapes, with_position
 from ..layers.position import RelativePosition

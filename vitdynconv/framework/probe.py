@@ -22,10 +22,13 @@ from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
 from .spec import NO_KERNELS, KernelSpec, kernel_makers, generators
-from ..layers.activations import Activation, create_activation
+from ..layers.families.activation import Activation
+from ..layers.activations import create_activation
 from ..layers.attention import DynamicConvAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
-from ..layers.selection import Selection, ProjectedKernels
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d
+from ..layers.selections.rule import Selection
+from ..layers.selections.projected import ProjectedKernels
 from ..tools.compat import HOOKS
 
 # %% ../../nbs/framework/01_probe.ipynb #cec10b5c
@@ -175,10 +178,11 @@ class Probe:
 @patch
 def feature_gradient(self: Probe,
     channel: int | None = None, # of the output; None: a random mixture of all
+    position: int | None = None, # of the output; None: the one that is watched
 ) -> Tensor:                    # of the shape of q
-    "How the output at the position reacts to the feature map."
+    "How the output at a position reacts to the feature map."
     q = self.q.detach().requires_grad_()
-    out = self.cut(q, self.made)[self.position]
+    out = self.cut(q, self.made)[self.position if position is None else position]
     mixture = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     target = out @ mixture if channel is None else out[channel]
     return torch.autograd.grad(target, q, materialize_grads=True)[0]
@@ -213,12 +217,25 @@ def stride(self: Probe) -> int:
 def reach(self: Probe) -> int:
     """Positions along the first axis that the output is made of: its own and twice those on the side away
     from the border."""
+    if self.cut.parts: return self.reach_of_tokens()
     gradient = self.feature_gradient().abs()
-    if self.cut.parts: return math.isqrt(int(is_nonzero(gradient.sum(-1)).sum()))
     rows = is_nonzero(gradient[0].sum(0).reshape(gradient.shape[2], -1).sum(1))
     positions_per_row = math.prod(math.ceil(n / self.stride()) for n in gradient.shape[3:])
     centre = self.position // positions_per_row * self.stride()
     return 1 + 2 * int(max(rows[:centre].sum(), rows[centre + 1:].sum()))
+
+# %% ../../nbs/framework/01_probe.ipynb #93b4da59
+@patch
+def reach_of_tokens(self: Probe) -> int:
+    """`reach` for tokens of a map, from its first row, which has the most room on one side. Without a known
+    map: the side of a square of as many positions."""
+    mixer = self.cut.mixer
+    grid = getattr(mixer, 'live_grid', None) or getattr(mixer, 'grid_size', None)
+    first = getattr(mixer, 'num_prefix_tokens', 0)
+    gradient = self.feature_gradient(position=None if grid is None else first).abs().sum(-1)
+    if grid is None: return math.isqrt(int(is_nonzero(gradient).sum()))
+    rows = is_nonzero(gradient)[0, first:].unflatten(0, grid).any(1)
+    return 1 + 2 * int(rows[1:].sum())
 
 # %% ../../nbs/framework/01_probe.ipynb #80985c2f
 @patch
@@ -349,7 +366,7 @@ def with_values(self: Probe, values: Tensor) -> Tensor:
 # %% ../../nbs/framework/01_probe.ipynb #713e95ef
 @patch
 def count_mixtures(self: Probe) -> int:
-    "Number of kernels after a soft selection from a bank of pairs."
+    "Number of kernels after a soft selection from a bank of pairs: the rank of rows, one for each output."
     _, values = self.keys_and_values()
     values = values.detach().requires_grad_()
     rows = []
@@ -358,6 +375,7 @@ def count_mixtures(self: Probe) -> int:
         if self.cut.parts: row = gradient.reshape(-1, gradient.shape[-1])[:, 0]
         else: row = gradient[0, 0].flatten()
         if row.any(): rows.append(row)  # at the border, a part of a k x k kernel lies outside
+        # the rank is looked at when the number of rows is 1, 2, 4, 8, ...: it costs more than a row
         full = len(rows) > 0 and len(rows) & (len(rows) - 1) == 0 and rank(torch.stack(rows)) < len(rows)
         if full: break                  # more outputs would add nothing
     return rank(torch.stack(rows))

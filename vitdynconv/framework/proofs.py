@@ -26,11 +26,13 @@ from ..layers.activations import ACTIVATIONS, create_activation
 from ..layers.attention import DynamicConvAttention
 from ..layers.conv import to_map, to_tokens
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d, Involution2d
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d, Involution2d
 from ..layers.kxk import KernelAttention2d
 from ..layers.equivalence import DynamicConvBlock, attention_as_convs, attention_to_convs
 from ..layers.position import table_to_bias, table_to_kernel
-from ..layers.selection import ProjectedKernels, WindowKernels
+from ..layers.selections.projected import ProjectedKernels
+from ..layers.selections.window import WindowKernels
 from ..tools.compat import swin_attention
 from ..tools.testing import Difference, difference
 

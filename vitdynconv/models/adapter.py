@@ -15,11 +15,12 @@ from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn, Tensor
-from ..layers.activations import Softmax
-from ..layers.attention import DynamicConvAttention, copy_module, hooks_of, layer_size
+from ..layers.families.softmax import Softmax
+from ..layers.attention import DynamicConvAttention
+from ..layers.takeover import copy_module, hooks_of, layer_size
 from ..tools.compat import one_operation
 from ..layers.depthwise import DepthwiseSelfAttention
-from ..layers.selection import AllKernels
+from ..layers.selections.rule import AllKernels
 
 # %% ../../nbs/models/01_adapter.ipynb #bb001ex
 def rebuilt(

@@ -6,16 +6,14 @@
 __all__ = ['backbone_of', 'backbone_class', 'find_mixers']
 
 # %% ../../nbs/models/05_backbones.ipynb #bbf00im
-import importlib
-import pkgutil
 import timm
 from torch import nn
 from . import adapters
 from .adapter import BACKBONES, Backbone
+from ..tools.discovery import import_modules
 
 # %% ../../nbs/models/05_backbones.ipynb #fd6453e2
-for info in pkgutil.iter_modules(adapters.__path__, f'{adapters.__name__}.'):
-    importlib.import_module(info.name)
+import_modules(adapters)
 
 # %% ../../nbs/models/05_backbones.ipynb #bb018ex
 def backbone_of(

@@ -14,7 +14,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_abs_pos_embed_nhwc, resample_patch_embed
 from timm.models import adapt_input_conv
 from torch import nn, Tensor
-from ..layers.attention import TokenMixer
+from ..layers.mixer import TokenMixer
 
 # %% ../../nbs/models/07_fitting.ipynb #w004gr
 def factor_pairs(n: int) -> list[tuple[int, int]]:

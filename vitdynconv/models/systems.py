@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from ..fast.dispatch import accelerate
 from ..layers.attention import DynamicConvAttention
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
-from ..layers.selection import ProjectedKernels
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d
+from ..layers.selections.projected import ProjectedKernels
 from .adapter import Backbone, Place
 from .backbones import backbone_of
 from .surgery import operate
@@ -55,7 +56,7 @@ class DConv:
     "D-Conv (section 3.3; arXiv 1912.03458): a static bank of kernels, mixed for each image."
     kernel_size: int | None = None # odd; None for 3, or for that of the convolution that it replaces
     num_kernels: int = 4           # M, the size of the static bank
-    # of the router's softmax, to be annealed: see `vitdynconv.layers.dynconv.anneal`
+    # of the router's softmax, to be annealed: see `vitdynconv.layers.dconv.anneal`
     temperature: float = 30.
     maps = True
 

@@ -10,7 +10,8 @@ __all__ = ['QUESTIONS', 'SystemView', 'view_attention', 'view_linformer', 'view_
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
-from ..layers.dynconv import DynamicConv2d, DynamicDepthwiseConv2d
+from ..layers.dconv import DynamicConv2d
+from ..layers.dynconv import DynamicDepthwiseConv2d
 from .photo import PhotoMixer, photograph, steps
 from .theme import Sheet, place, shown
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import torch
 from torch import nn, Tensor
-from ..layers.attention import split_heads
+from ..layers.mixer import split_heads
 from .explorer import Page, pack
 from .theme import PIXELS_PER_INCH, SCALE, Sheet, mark, place
 

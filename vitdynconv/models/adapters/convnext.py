@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from timm.layers import to_2tuple
 from timm.models.convnext import ConvNeXt
 from torch import nn, Tensor
-from ...layers.attention import is_plain
+from ...layers.takeover import is_plain
 from ...layers.depthwise import DepthwiseSelfAttention
 from ...layers.position import kernel_to_table
 from ..adapter import Backbone, Converted, Place, register_backbone, set_module

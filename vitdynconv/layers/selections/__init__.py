@@ -1,0 +1,1 @@
+"One module for each selection rule. `layers.selection` imports all that are here."
