@@ -389,10 +389,11 @@ def measure(model: nn.Module, size: tuple, layernorm: int, form: str) -> dict[st
 def without_memory(
     model: nn.Module, # on the meta device, in whole or in part
 ) -> nn.Module:       # a copy that runs on the CPU
-    "A copy whose meta tensors are one zero each, expanded to their shape: it computes, and its weights take no memory."
+    "A copy that computes: its meta tensors are one zero each, expanded to their shape."
     copied, stand_ins = copy.deepcopy(model), {}
     for module in list(copied.modules()):
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
             if not tensor.is_meta: continue
             if tensor not in stand_ins: stand_ins[tensor] = stand_in(tensor)
             setattr(module, name, stand_ins[tensor])
@@ -401,7 +402,8 @@ def without_memory(
 def stand_in(tensor: Tensor) -> Tensor:
     "One zero in the shape of a meta tensor; a parameter stays one."
     zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-    return nn.Parameter(zero, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zero
+    if not isinstance(tensor, nn.Parameter): return zero
+    return nn.Parameter(zero, tensor.requires_grad)
 
 # %% ../../nbs/models/11_cost.ipynb #c2f20be5
 def leave_out(scores: dict[str, Counter], name: str) -> None:
