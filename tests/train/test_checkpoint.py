@@ -1,9 +1,12 @@
 "What a checkpoint keeps: everything that training depends on, and the best epochs, not the worst."
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fastai.basics import Callback
 from test_learner import digits_learner
 
+from vitdynconv.train.session import finish
 from vitdynconv.train.checkpoint import Checkpoints, best_epochs, keep_best, load_checkpoint, restore, score
 
 
@@ -18,6 +21,15 @@ def history(*accuracies, ema=None):
     (history(.5, .5, .4), 1, [2]), (history(.1, .2, ema=[.9, .3]), 1, [1]), (history(None, .1), 1, [2]), ([], 3, [])])
 def test_the_best_epochs_are_those_with_the_highest_accuracy(rows, k, best):
     assert best_epochs(rows, k) == best
+
+
+def test_the_last_line_names_the_epoch_whose_file_was_kept(tmp_path, capsys):
+    "Of equal epochs the later one counts, for the files and for the line that a run ends with."
+    learn = digits_learner(path=tmp_path)
+    learn.checkpoints = SimpleNamespace(run_args={})
+    learn.history = [dict(epoch=1, accuracy=.5), dict(epoch=2, accuracy=.9), dict(epoch=3, accuracy=.9), dict(epoch=4, accuracy=.8)]
+    finish(learn, tmp_path)
+    assert best_epochs(learn.history, 1) == [3] and "best 0.9000 in epoch 3;" in capsys.readouterr().out
 
 
 def test_the_best_checkpoints_stay_on_the_disk(tmp_path):

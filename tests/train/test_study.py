@@ -1,5 +1,5 @@
 "The study: the grid is the paper's, a stopped study goes on, what fails is named, and the committed runs are complete."
-import dataclasses, json, os, signal, subprocess, sys, time
+import dataclasses, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +12,7 @@ from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models.paper import TABLE2
 from vitdynconv.study.plan import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of
 from vitdynconv.study.measures import Finding, area, epochs_to, interval, measure, paired, verdict
-from vitdynconv.study.predictions import ACCURACY, findings, holm, judge, p_value
+from vitdynconv.study.predictions import ACCURACY, evidence, findings, holm, judge, p_value
 from vitdynconv.study.runs import best_rate, rate_beyond, run_study, study_model, trials_so_far
 
 COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence"
@@ -182,3 +182,19 @@ def test_holm():
     assert verdict(one, near)["verdict"] == "confirmed" and judge([one]*10, near).verdict.tolist() == ["not visible"]*10
     good = dataclasses.replace(one, expected="as good")
     assert p_value(good, near) < p_value(one, near), "as good is measured from the margin"
+
+
+@pytest.mark.parametrize("page", ["learned.ipynb", "results/convergence.ipynb"])
+def test_two_pages_give_the_same_verdicts(page):
+    "Each claim that a page shows with a verdict has the verdict of `evidence`, with Holm's adjustment."
+    found = evidence(measure(pd.read_csv(COMMITTED/"history.csv")))
+    outputs = [o.get("data", {}) for c in json.loads((COMMITTED.parents[1]/page).read_text())["cells"] for o in c.get("outputs", [])]
+    text = "\n|".join("".join(each.get("text/markdown", "")) + "".join(each.get("text/html", "")) for each in outputs)
+    shown = 0
+    for claim, verdict in zip(found.claim, found.verdict):
+        for place in re.finditer(re.escape(claim), text):
+            row = re.split(r"\n\||</tr>", text[place.end():])[0]
+            words = [word for word in ("confirmed", "not visible", "contradicted") if word in row]
+            assert words == [verdict], (claim, words, verdict)
+            shown += 1
+    assert shown >= (found.verdict != "not visible").sum()

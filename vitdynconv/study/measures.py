@@ -162,6 +162,8 @@ def draw_verdicts(
     ax.invert_yaxis()
     ax.set_xlabel(xlabel, fontsize=9)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
-    fig.legend(handles.values(), handles, loc='outside upper right', ncols=3, frameon=False,
+    if (verdicts.expected == 'as good').any():
+        handles["as good, if right of it"] = ax.plot([], [], ls='', marker='$[$', color=INK)[0]
+    fig.legend(handles.values(), handles, loc='outside upper right', ncols=4, frameon=False,
                fontsize=8, labelcolor=INK)
     return fig

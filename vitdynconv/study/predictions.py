@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['vit_abs', 'vit_rel', 'swin_abs', 'swin_rel', 'deep_abs', 'deep_rel', 'deep_swin', 'SOFTMAX', 'RELU', 'LAYERNORM',
            'POSITION', 'ACCURACY', 'net', 'table2', 'faster_pairs', 'speed_findings', 'findings', 'holm', 'p_value',
-           'judge']
+           'judge', 'paper_accuracies', 'evidence']
 
 # %% ../../nbs/study/05_predictions.ipynb #pr03im
+import dataclasses
 from functools import partial
 import pandas as pd
 from scipy import stats
+from ..models.paper import TABLE2, TABLE3
 from .measures import Finding, MARGIN, paired, verdict
-from .plan import Row
+from .plan import ROW, Row
 
 # %% ../../nbs/study/05_predictions.ipynb #pr06ex
 def net(
@@ -170,3 +172,34 @@ def judge(
         lines.append(dict(claim=finding.claim, source=finding.source, what=finding.what,
                           expected=finding.expected, **line, p=p))
     return pd.DataFrame(lines)
+
+# %% ../../nbs/study/05_predictions.ipynb #pr24ex
+def paper_accuracies() -> dict[Row, float]:
+    "The paper's top-1 accuracies, in percent, for the rows of a study (Tables 2 and 3)."
+    bodies = dict(deit_s='vit', swin_t='swin')
+    found = {}
+    for row in TABLE2:
+        body = bodies[row['base']]
+        found[Row(body, row['activation'], 'pair', row['pos'], row['class_token'])] = row['top1']
+    for row in TABLE3:
+        if row['kernel'] != 'depthwise' or row['base'] not in bodies: continue
+        body = bodies[row['base']]
+        found[net(body, row['activation'], row['pos'], kernel='depthwise')] = row['top1']
+    return found
+
+# %% ../../nbs/study/05_predictions.ipynb #pr26ex
+def evidence(
+    runs: pd.DataFrame, # of `measure`
+) -> pd.DataFrame:      # those of `judge`, and paper, before, after: points and percent
+    """The predictions about accuracy: the paper's difference, both of our accuracies, the verdict. ValueError
+    for a row that was not run."""
+    paper = paper_accuracies()
+    ours = runs.groupby(ROW).accuracy.mean()
+    lines = judge(ACCURACY, runs)
+    for i, finding in enumerate(ACCURACY):
+        gain = paper[finding.row] - paper[finding.other]
+        if finding.minus: gain -= paper[finding.minus[0]] - paper[finding.minus[1]]
+        lines.loc[i, 'paper'] = gain
+        lines.loc[i, 'before'] = ours[dataclasses.astuple(finding.other)]
+        lines.loc[i, 'after'] = ours[dataclasses.astuple(finding.row)]
+    return lines

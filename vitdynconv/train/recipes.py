@@ -274,8 +274,9 @@ SMALL_RECIPES = [
 ]
 
 FINETUNE = Recipe(
-    'finetune', 'deit_small_patch16_224', activation='ln_relu', pretrained=True, epochs=30, batch_size=512,
-    lr=1e-4, lr_batch_size=512, warmup_epochs=5.0, warmup_lr=1e-7, min_lr=1e-6, weight_decay=1e-8,
-    layer_decay=0.75, mixup=0.1, cutmix=0.1, interpolation=None, crop_pct=None)
+    'finetune', 'deit_small_patch16_224', activation='ln_relu', pretrained=True, num_classes=None,
+    epochs=30, batch_size=512, lr=1e-4, lr_batch_size=512, warmup_epochs=5.0,
+    warmup_lr=1e-7, min_lr=1e-6, weight_decay=1e-8, layer_decay=0.75, mixup=0.1, cutmix=0.1,
+    interpolation=None, crop_pct=None)
 
 RECIPES |= {recipe.name: recipe for recipe in [*SMALL_RECIPES, FINETUNE]}

@@ -147,6 +147,7 @@ def finish(
     average = getattr(learn, 'weight_average', None)
     if average: save_weights(folder/'model_ema.safetensors', average.average.module, learn.recipe, record)
     if rank_distrib(): return
-    best = max(learn.history, key=score)
-    print(f'finished: accuracy {score(learn.history[-1]):.4f}, best {score(best):.4f} in epoch {best["epoch"]}; '
+    number, = best_epochs(learn.history, 1)
+    best = next(row for row in learn.history if row['epoch'] == number)
+    print(f'finished: accuracy {score(learn.history[-1]):.4f}, best {score(best):.4f} in epoch {number}; '
           f'weights in {folder/"model.safetensors"}', flush=True)
