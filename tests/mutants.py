@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 class Mutant(NamedTuple):
     "One deliberate mistake."
-    area: str   # mathematics, framework, training, data, counting or surgery
+    area: str   # mathematics, framework, training, data, counting, surgery or road
     title: str  # what is wrong
     file: str   # in vitdynconv/
     old: str    # a text that occurs once in the file
@@ -109,6 +109,24 @@ MUTANTS = [
     Mutant("surgery", "shared blocks keep their windows", "models/adapters/swin.py", "if other is old: set_module(self.model, path, block)", "if path + '.attn' == place.path: set_module(self.model, path, block)", "models/test_weights.py shared_blocks"),
     Mutant("surgery", "channels of the stem averaged twice", "models/fitting.py", "weight.sum(1, keepdim=True).expand", "weight.mean(1, keepdim=True).expand", "models/test_weights.py other_channels"),
     Mutant("surgery", "per-kernel weights resized by the nearest", POS, "mode='bicubic', antialias=True, align_corners=False)\n    return torch.cat", "mode='nearest')\n    return torch.cat", "layers/test_reference_mixers.py ramp"),
+    Mutant("road", "a border on the other side", "data/tensors.py", "else -((size - n) // 2)", "else (n - size) // 2", "train/test_same_picture.py clothes_of"),
+    Mutant("road", "a crop rounded down", "train/build.py", "while math.floor(size / share) < own: share", "while False: share", "train/test_same_picture.py clothes_of"),
+    Mutant("road", "files prepared as the recipe says, not the run", "train/evaluate.py", "*place, rank, world, device, images)", "*place, rank, world, device)", "train/test_same_picture.py evaluation_on_files"),
+    Mutant("road", "plan without gradients", "train/plan.py", "return self.weights + self.gradients + self.moments", "return self.weights + self.moments", "train/test_plan.py"),
+    Mutant("road", "plan for one process where several share", "train/plan.py", "parts = gpus if recipe.shard else 1", "parts = 1", "train/test_plan.py"),
+    Mutant("road", "plan counts attention's matrix", "train/plan.py", "if func is F.scaled_dot_product_attention: return", "if False: return", "train/test_plan.py"),
+    Mutant("road", "auto goes on with another recipe", "train/run.py", "other = wanted.differences(recipe)", "other = {}", "commands/test_practitioner.py ignored"),
+    Mutant("road", "matrix of guesses transposed", "train/mistakes.py", "labels * classes + guesses", "guesses * classes + labels", "train/test_plan.py mistakes"),
+    Mutant("road", "the best guesses shown", "train/mistakes.py", "batch[0].topk(min(WORST, len(batch[0]))).indices", "batch[0].topk(min(WORST, len(batch[0])), largest=False).indices", "train/test_plan.py mistakes"),
+    Mutant("road", "class names backwards", "train/prediction.py", "return LoadedRun(model, transform_of(recipe, record), list(classes)", "return LoadedRun(model, transform_of(recipe, record), list(classes)[::-1]", "commands/test_practitioner.py enough_to_predict"),
+    Mutant("road", "grey pictures not made grey", "train/prediction.py", "if len(self.mean) == 1: pixels = to_grey(pixels)", "if len(self.mean) == 1: pixels = pixels[:1]", "train/test_same_picture.py folders"),
+    Mutant("road", "export not compared", "train/export.py", "if not largest <= TOLERANCE", "if False and not largest <= TOLERANCE", "commands/test_practitioner.py differs_is_not"),
+    Mutant("road", "export without the names of its classes", "train/export.py", "config = dict(label_names=run.classes, ", "config = dict(", "commands/test_practitioner.py same_logits or names_its_classes"),
+    Mutant("road", "sizes not in the fingerprint", "data/fingerprint.py", "{name.partition(\"/\")[2]}\\t{size}", "{name.partition(\"/\")[2]}\\t", "commands/test_practitioner.py fingerprint"),
+    Mutant("road", "a run in its own data", "train/folder.py", "if data and Path(data).is_dir() and", "if False and", "commands/test_practitioner.py users_type"),
+    Mutant("road", "a folder with one's own files begun afresh", "train/folder.py", "or not all(name.startswith(START_FILES) for name in names)", "or False", "commands/test_practitioner.py begun"),
+    Mutant("road", "folders of pictures written into", "tools/files.py", "and not (is_own and is_own(path))", "and False", "commands/test_practitioner.py somebody"),
+    Mutant("road", "option given twice", "tools/cli.py", "if flags.count(flag) > 1:", "if False:", "commands/test_practitioner.py users_type"),
 ]
 
 
