@@ -2,12 +2,14 @@
 
     python tests/mutants.py               all of them, in a copy of the library: a table and the score
     python tests/mutants.py mathematics   those whose area or title contains the word
+    python tests/mutants.py --control     the same tests without any mistake: each must pass, or its kills say nothing
 
 A mutant is a file, a text that occurs in it once, what takes its place, and the tests to run. A mutant that
 survives is a test to be written.
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -64,12 +66,14 @@ MUTANTS = [
     Mutant("mathematics", "statistics of LayerNorm in half precision", NORM, "s = at_least_float32(logits)\n        s = F.layer_norm", "s = logits\n        s = F.layer_norm", "layers/test_reference_activations.py half_precision"),
     Mutant("mathematics", "statistics of LayerNorm in half precision, fast", "fast/closed_form.py", "q, k, v = in_float32(q, k, v)\n    k, inverse_deviation", "k, inverse_deviation", "layers/test_reference_attention.py half_precision"),
     Mutant("mathematics", "merged product in half precision", "fast/closed_form.py", "q, k, v = in_float32(q, k, v)\n    summary", "summary", "layers/test_fast.py half_precision"),
+    Mutant("mathematics", "fused softmax trains in half precision", "fast/dispatch.py", "if q.device.type == 'cpu' and trains(q, k, v): q, k, v = in_float32(q, k, v)", "pass", "layers/test_fast.py half_precision_is_no_worse and softmax"),
+    Mutant("mathematics", "Fourier transform of positions in half precision", "fast/relative_position.py", "    v, table = in_float32(v, table)\n", "", "layers/test_fast.py depthwise_of_half"),
     Mutant("mathematics", "is_causal ignored", MIXER, "if is_causal: return None,", "if False: return None,", "layers/test_reference_mixers.py test_mixers"),
     Mutant("mathematics", "softmax over nothing is uniform", SOFTMAX, "masked_fill(empty, 0)).masked_fill(empty, 0)", "masked_fill(empty, 0))", ACTIVATIONS),
     Mutant("mathematics", "projection of another grid", MIXTURE, "return p if self.live_grid in (None, self.grid_size) else self.resized(p, self.live_grid)", "return p", "layers/test_attention.py mixtures_of_another_grid"),
     Mutant("mathematics", "per-kernel weights through float32", POS, "(grid.float() if half else grid)", "grid.float()", "layers/test_conv.py own_precision"),
     Mutant("framework", "every activation 'softmax'", "framework/probe.py", "return getattr(own, 'name', own)", "return 'softmax'", "layers/test_framework.py activation_and_position"),
-    Mutant("framework", "neighborhoods are windows", "framework/probe.py", "return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)", "return False", "layers/test_framework.py told_apart"),
+    Mutant("framework", "neighborhoods are windows", "framework/probe.py", "return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)", "return False", "layers/test_framework.py foreign_modules"),
     Mutant("framework", "proofs without gradients", "framework/reference.py", "Difference(largest([outputs]), largest([slopes]))", "Difference(largest([outputs]), 0.)", "layers/test_framework.py gradient"),
     Mutant("framework", "NaN is no difference", "tools/testing.py", "if any(map(math.isnan, gaps)): return math.inf", "gaps = [gap for gap in gaps if gap == gap]", "layers/test_framework.py nan_is"),
     Mutant("framework", "vdc_equiv always green", "framework/commands.py", "if not max(row['outputs'], row['gradients']) < tol]", "if False]", "layers/test_framework.py command_fails"),
@@ -136,13 +140,14 @@ def missing(root=ROOT):
     return found
 
 
-def make_copy(folder, mutant):
-    "The library and its tests in `folder`, with one mistake."
+def make_copy(folder, mutant=None):
+    "The library and its tests in `folder`, with one mistake or none."
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("vitdynconv", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "pytest.ini"):
         shutil.copy(ROOT / name, folder)
+    if mutant is None: return
     path = folder / "vitdynconv" / mutant.file
     path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
 
@@ -157,6 +162,7 @@ def run_tests(folder, tests):
         os.dup2(log, 2)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
+        os.environ["PYTHONPATH"] = str(folder)  # for the tests that start a process of their own
         import pytest
 
         words = ["-k", words] if words else []
@@ -167,24 +173,45 @@ def run_tests(folder, tests):
 OUTCOMES = {0: "SURVIVED", 1: "killed", 2: "killed", 5: "NO TEST"}
 
 
+def try_mutant(tests, mutant=None):
+    "The outcome of some tests with one mistake or none, and the test that failed first."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        make_copy(copy, mutant)
+        outcome = OUTCOMES.get(run_tests(copy, tests), "ERROR")
+        failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", (copy / "log").read_text(encoding="utf-8"), re.M)
+    return outcome, failed[1] if failed else ""
+
+
+def control(chosen):
+    "Every selection of tests without a mistake; the number of those that do not pass."
+    wrong = 0
+    for tests in sorted({mutant.tests for mutant in chosen}):
+        outcome, failed = try_mutant(tests)
+        wrong += outcome != "SURVIVED"
+        print(f"{'passed' if outcome == 'SURVIVED' else outcome:9}{tests}  {failed}", flush=True)
+    return wrong
+
+
 def main(words):
     import fastai.vision.all  # noqa: F401  what every test imports, once for all forks
     import timm  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
+    without = "--control" in words
+    words = [word for word in words if word != "--control"]
     chosen = [m for m in MUTANTS if not words or any(word in f"{m.area} {m.title}" for word in words)]
+    if without: return control(chosen)
     killed = 0
     for mutant in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "copy"
-            make_copy(copy, mutant)
-            start = time.time()
-            outcome = OUTCOMES.get(run_tests(copy, mutant.tests), "ERROR")
+        start = time.time()
+        outcome, failed = try_mutant(mutant.tests, mutant)
         killed += outcome == "killed"
-        print(f"{outcome:9}{mutant.area:12}{mutant.title:50}{time.time() - start:5.0f} s", flush=True)
+        print(f"{outcome:9}{mutant.area:12}{mutant.title:50}{time.time() - start:5.0f} s  {failed}", flush=True)
     print(f"{killed} of {len(chosen)} killed")
+    return len(chosen) - killed
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(bool(main(sys.argv[1:])))
