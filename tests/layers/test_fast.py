@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from vitdynconv import bench, suites, timing
+from vitdynconv import bench, timing
+from vitdynconv.suites import core
 from vitdynconv.fast import dispatch as fast
 from vitdynconv.layers.activations import ACTIVATIONS, create_activation
 from vitdynconv.layers.attention import DynamicConvAttention
@@ -383,8 +384,8 @@ def test_help():
 
 
 def test_rows_become_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(suites, "LENGTHS", (49,))
-    monkeypatch.setitem(suites.SUITE_ROWS, "core", [suites.core_rows])
+    monkeypatch.setattr(core, "LENGTHS", (49,))
+    monkeypatch.setitem(bench.SUITES, "core", bench.Suite("core", ("core_rows",), .01))
     bench.vdc_bench(suite="core", csv=str(tmp_path/"rows.csv"), seconds=.01)
     rows = list(csv.DictReader(open(tmp_path/"rows.csv")))
     assert {row["work"] for row in rows} >= {"softmax", "scaling", "ln_relu, with gradients", "depth-wise"}

@@ -23,7 +23,7 @@ import numpy as np, torch
 from vitdynconv import convert, count, create_model
 from vitdynconv.framework import build, design_space, describe, equivalence_table
 from vitdynconv.layers import create_activation, DynamicConvAttention
-from vitdynconv.suites import further_rows
+from vitdynconv.suites.core import further_rows
 from vitdynconv.timing import Setting
 cells = [c.spec for c in design_space(activation=('tanh',)) if c.reason is None and c.spec.kernel_type == 'pair']
 assert len(cells) > 5
