@@ -260,7 +260,7 @@ def test_a_wrong_part_of_an_activation_turns_its_row_red(attribute, wrong, monke
 
 @pytest.mark.parametrize('where, wrong, rows', [
     ('vitdynconv.layers.dconv.DynamicConv.coefficients', lambda conv, x: (conv.router(x.flatten(2).amax(2)) / conv.temperature).softmax(1), 2),
-    ('vitdynconv.layers.dynconv.DynamicDepthwiseConv.kernels', lambda conv, x: conv.generator(x).unflatten(1, (conv.groups, -1)).flip(2), 3),
+    ('vitdynconv.layers.dynconv.DynamicDepthwiseConv.kernels', lambda conv, x: conv.generator(x).unflatten(1, (conv.groups, -1)).flip(2), 4),
     ('vitdynconv.layers.depthwise.mean_kernel', lambda k, mask: k.mean(-2, keepdim=True), 3),
     ('vitdynconv.layers.selections.neighborhood.axis_neighborhood', lambda n, k, device=None: (torch.arange(n)[:, None] - torch.arange(n)).abs() <= k // 2, 2),
 ])

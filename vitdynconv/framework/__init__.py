@@ -7,4 +7,5 @@ __getattr__, __dir__, __all__ = lazy_names(
     probe="describe table1",
     space="design_space why_not build against_definition",
     proofs="equivalence_table",
+    rows="convnext_models selection_models",
 )

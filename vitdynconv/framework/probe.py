@@ -21,7 +21,8 @@ from fastcore.basics import patch
 from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import nn, Tensor
-from .spec import NO_KERNELS, KernelSpec, kernel_makers, generators
+from .spec import NO_KERNELS, KernelSpec, kernel_makers
+from .spec import further_generators, generators
 from ..layers.families.activation import Activation
 from ..layers.activations import create_activation
 from ..layers.attention import DynamicConvAttention
@@ -46,6 +47,7 @@ class CutMixer:
         self.run = getattr(module, HOOKS['attend']) if windows else module
         self.x = x.double()
         self.layers, self.parts = generators(self.mixer)
+        self.further = further_generators(self.mixer)
         # None: q is the input
         self.query = self.layers[0] if self.parts else getattr(self.mixer, 'query', None)
         # the static convolution
@@ -72,8 +74,11 @@ def own_activation(mixer: nn.Module) -> str | Activation | None:
 # %% ../../nbs/framework/01_probe.ipynb #b59904d4
 @patch
 def make_neutral(self: CutMixer) -> None: # changes the copy
-    "Zero position tables, and softmax in place of an activation of this library."
+    """Zero position tables, softmax in place of an activation of this library, and random taps in place of
+    taps of zero, with which large kernels start."""
     for table in self.tables: table.zero_()
+    for layer in self.further:
+        if not any(p.any() for p in layer.parameters()): nn.init.normal_(layer.weight, std=.1)
     if self.activation is None: return
     softmax = create_activation('softmax', head_dim=getattr(self.activation, 'head_dim', None) or 16)
     for slot in ACTIVATION_SLOTS:
@@ -109,7 +114,9 @@ def kernels(self: CutMixer,
         start = output.shape[-1] // self.parts if self.parts else 0  # the first part is the feature map
         made.append(output[..., start:])
 
-    self.run_replacing(z, [(layer, record) for layer in self.layers])
+    replacements = [(layer, record) for layer in self.layers]
+    replacements += [(layer, made.append) for layer in self.further]
+    self.run_replacing(z, replacements)
     return made
 
 # %% ../../nbs/framework/01_probe.ipynb #2ff613fc
@@ -135,6 +142,8 @@ def __call__(self: CutMixer,
     "Run the dynamic convolution of the mixer over q with the given kernels."
     if self.parts: replacements = [(self.query, constant(torch.cat([q, made[0]], -1)))]
     else: replacements = [(layer, constant(kernels)) for layer, kernels in zip(self.layers, made)]
+    further = made[len(made) - len(self.further):]
+    replacements += [(layer, constant(kernels)) for layer, kernels in zip(self.further, further)]
     if self.query is not None and not self.parts: replacements.append((self.query, constant(q)))
     arrived = []
     with ExitStack() as stack:
@@ -208,7 +217,9 @@ def is_nonzero(gradient: Tensor) -> Tensor:
 @patch
 def stride(self: Probe) -> int:
     "By which factor the output is smaller than the feature map."
-    if self.cut.parts: return 1
+    if self.cut.parts:
+        p = getattr(self.cut.mixer, 'num_prefix_tokens', 0)
+        return round(((self.q[..., 0].numel() - p) / (self.positions - p)) ** .5)
     area = self.q[0, 0].numel() / self.positions
     return round(area ** (1 / (self.q.ndim - 2)))
 
@@ -353,14 +364,22 @@ def count_bank(self: Probe, images: int = 16) -> int:
 @patch
 def keys_and_values(self: Probe) -> tuple[Tensor, Tensor]:
     "The two halves of a bank of pairs."
-    return self.made[0].chunk(2, -1) if self.cut.parts else self.made
+    if not self.cut.parts: return self.made
+    if self.has_own_values(): return self.made[0], self.made[-1]
+    return self.made[0].chunk(2, -1)
+
+@patch
+def has_own_values(self: Probe) -> bool:
+    "Does a layer of its own make the values of tokens?"
+    return bool(self.cut.parts) and hasattr(self.cut.mixer, 'value')
 
 # %% ../../nbs/framework/01_probe.ipynb #66cd0f00
 @patch
 def with_values(self: Probe, values: Tensor) -> Tensor:
     "The output, (positions, channels), with other values in place of the bank's."
     keys, _ = self.keys_and_values()
-    made = [torch.cat([keys, values], -1)] if self.cut.parts else [keys, values]
+    if self.has_own_values() or not self.cut.parts: made = [keys, values]
+    else: made = [torch.cat([keys, values], -1), *self.made[1:]]
     return self.cut(self.q, made)
 
 # %% ../../nbs/framework/01_probe.ipynb #713e95ef
@@ -405,7 +424,8 @@ def confirmed_rule(self: Probe) -> str | None:
 # %% ../../nbs/framework/01_probe.ipynb #9c595e1c
 @patch
 def bank(self: Probe) -> tuple[str, str, int | None]: # bank, selection, number of kernels
-    "The bank and how kernels are selected from it."
+    "The bank and how kernels are selected from it. A kernel that no image changes is a static bank of one."
+    if not (self.kernel_type() == 'pair' or self.image_gradient().any()): return 'static', 'all', 1
     mine = self.selected()
     number = int(max(s.sum() for s in [mine, *self.other_sets()]))
     named = self.confirmed_rule()
@@ -511,8 +531,9 @@ def uses_pos_embed(module: nn.Module, x: Tensor) -> bool:
 # %% ../../nbs/framework/01_probe.ipynb #db61e212
 def own_image_size(module: nn.Module) -> tuple | None:
     "(H, W) of a model's images, if it says so."
-    size = getattr(getattr(module, 'patch_embed', None), 'img_size', None)
-    if size: return tuple(size)
+    for owner in getattr(module, 'patch_embed', None), module:
+        size = getattr(owner, 'img_size', None)
+        if isinstance(size, tuple | list): return tuple(size)
     configuration = getattr(module, 'pretrained_cfg', None) or {}
     return configuration.get('input_size', (None,))[-2:] if 'input_size' in configuration else None
 

@@ -6,16 +6,18 @@
 __all__ = ['slope', 'unit_direction', 'difference_from_reference', 'parameter_names', 'formula_of', 'attention', 'relative_bias',
            'depthwise_attention', 'linear', 'split_heads', 'join_heads', 'mix_kernels', 'bias_of', 'attention_mixer',
            'depthwise_mixer', 'patches', 'convolve', 'router', 'dynamic_conv', 'block_means', 'pooled', 'generated',
-           'batch_norm', 'dynamic_depthwise_conv', 'generated_conv', 'kernel_attention', 'selection_mask']
+           'batch_norm', 'dynamic_depthwise_conv', 'generated_conv', 'kernel_attention', 'selection_mask', 'Comparison',
+           'normal', 'prepared', 'judged', 'Proof']
 
 # %% ../../nbs/framework/02_reference.ipynb #335213d7
 import math
 from collections.abc import Callable
 from inspect import signature
+from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn, Tensor
-from ..tools.testing import Difference, largest
+from ..tools.testing import Difference, difference, largest
 
 # %% ../../nbs/framework/02_reference.ipynb #6493b826
 def slope(
@@ -356,3 +358,60 @@ def selection_mask(
     "The mask of a hard selection of the registry, in NumPy."
     if not selection.looks_at_answers: return selection.reference(grid)
     return lambda logits: selection.reference(grid, logits)
+
+# %% ../../nbs/framework/02_reference.ipynb #47d402d1
+class Comparison(NamedTuple):
+    "Two computations that must agree."
+    computed: Callable  # of the inputs, by name
+    reference: Callable # the same; in NumPy, of the inputs and the parameters as arrays
+    inputs: dict        # name -> tensor
+    parameters: dict    # name -> parameter, used by both
+    in_numpy: bool = False
+
+    def difference(self) -> Difference:
+        "The largest difference of outputs and of gradients."
+        if self.in_numpy:
+            return difference_from_reference(self.computed, self.reference, self.inputs,
+                                                       self.parameters)
+
+        def by_place(function): return lambda *values: function(**dict(zip(self.inputs, values)))
+
+        pairs = [(p, p) for p in self.parameters.values()]
+        return difference(by_place(self.computed), by_place(self.reference), *self.inputs.values(),
+                          params=pairs)
+
+# %% ../../nbs/framework/02_reference.ipynb #f41552ba
+def normal(*shape: int, dtype=torch.float64) -> Tensor:
+    "Standard normal numbers"
+    return torch.randn(*shape, dtype=dtype)
+
+# %% ../../nbs/framework/02_reference.ipynb #15370a63
+def prepared(module: nn.Module, dtype) -> nn.Module:
+    "Random weights and statistics, in evaluation mode"
+    for p in module.parameters(): nn.init.normal_(p, std=.2)
+    for name, b in module.named_buffers():
+        if 'running' in name: b.uniform_(.5, 2)
+    return module.to(dtype).eval()
+
+# %% ../../nbs/framework/02_reference.ipynb #5a3d189b
+def judged(
+    module: nn.Module,    # prepared
+    definition: Callable, # (x, state) -> array, in NumPy
+    x: Tensor,
+) -> Comparison:
+    "A module against a definition that knows its weights."
+    constant = {name: b.detach().double().numpy() for name, b in module.named_buffers()}
+
+    def computed(x): return module(x)
+
+    def by_definition(x, **state): return definition(x, constant | state)
+
+    return Comparison(computed, by_definition, dict(x=x), dict(module.named_parameters()), in_numpy=True)
+
+# %% ../../nbs/framework/02_reference.ipynb #ac12502c
+class Proof(NamedTuple):
+    "An equivalence that can be checked."
+    system: str      # of Table 1, or 'activation', 'position', 'selection', 'depth-wise', 'future work'
+    computation: str # what is judged
+    reference: str   # by what
+    make: Callable   # dtype -> `Comparison`

@@ -29,7 +29,7 @@ def check_kernel_size(
     "ValueError for a size without a center, and for neighborhoods without a map."
     if not isinstance(kernel_size, int) or isinstance(kernel_size,
                                                       bool) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f'kernel_size={kernel_size} has no center; choose an odd number: 1, 3, 5, ...')
+        raise ValueError(f'kernel_size={kernel_size!r} has no center; choose an odd number: 1, 3, 5, ...')
     if kernel_size > 1 and grid_size is None:
         raise ValueError(f'kernel_size={kernel_size} needs grid_size=(H, W), the map or window on which '
                          'positions have neighbors')

@@ -13,6 +13,9 @@ __getattr__, __dir__, __all__ = lazy_names(
     surgery="convert to_timm",
     systems="SYSTEMS exchange",
     fitting="checkpoint_filter_fn",
+    pyramid="PyramidTransformer PyramidBlock",
+    mixers="MixerBlock WideValues nonlinearity",
+    kept="kept_by_position kept_kernels share_kept with_topk",
 )
 
 if "timm" in sys.modules:  # the registry of timm can be filled at once; before, it is filled with the first name used

@@ -165,7 +165,8 @@ repeat repeat_interleave tile reshape reshape_as view view_as flatten unflatten 
 numpy_T mT transpose swapaxes permute movedim moveaxis select narrow slice index index_select index_put
 gather scatter take_along_dim roll flip pad constant_pad_nd reflection_pad2d unfold im2col col2im
 meshgrid diagonal diag tril triu nonzero contiguous clone copy detach alias to type_as lift_fresh real
-imag view_as_real view_as_complex complex conj resolve_conj pixel_shuffle pixel_unshuffle channel_shuffle"""
+imag view_as_real view_as_complex complex conj resolve_conj pixel_shuffle pixel_unshuffle channel_shuffle
+cartesian_prod"""
 MAKERS = """empty empty_like new_empty zeros zeros_like new_zeros ones ones_like new_ones full full_like
 new_full fill zero arange linspace eye scalar_tensor rand rand_like randn normal uniform bernoulli size
 numel Int Float Bool ScalarImplicit Implicit is_floating_point"""
@@ -305,7 +306,8 @@ def image_size(
 ) -> tuple[int, int, int]:  # (c, h, w)
     "The image to run a model on. Raises ValueError where nothing says how large it is."
     config = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
-    built_for = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+    built_for = (getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+                 or getattr(model, 'img_size', None))
     size = input_size or built_for or config.get('input_size')
     if size is None:
         raise ValueError(f'{type(model).__name__} does not say its input size; pass input_size, a side '

@@ -50,6 +50,12 @@ class MixerSizes:
     merged: bool = False       # two dense convolutions merged into one (Figure 5)
     tables: int | None = None  # position tables; one per head if None
     layernorm: int = 5         # multiply-adds charged per element
+    kernel_size: int = 1       # k: a kernel has k x k taps
+
+    @property
+    def taps(self) -> int:
+        "Taps of a kernel."
+        return self.kernel_size ** 2
 
     @property
     def patches(self) -> int:
@@ -70,9 +76,13 @@ class MixerSizes:
 def dynamic_cost(m: MixerSizes) -> Cost:
     "The dynamic convolutions of a mixer, with the activation between them."
     n, d = m.tokens, m.dim // m.heads
-    if m.kernel == 'depthwise': return m.rows * m.dim * Cost(n, 0, 1) if m.masked else Cost()
-    if m.merged: return m.windows * m.dim * (Cost(n * d, 0, d) + Cost(n * d, 0, n))
-    pair = m.rows * (Cost(n * m.dim, 0, n * m.heads) + m.dim * Cost(n, 0, 1))
+    wide = m.dim * m.taps                                 # a query is its neighborhood, a kernel all its taps
+    if m.kernel == 'depthwise':
+        if not m.masked: return Cost()
+        summed = m.dim * (m.taps > 1 and m.pos == 'rel')  # the sum of each kernel's taps, for the tables
+        return m.rows * (wide + summed) * Cost(n, 0, 1)
+    if m.merged: return m.windows * wide * (Cost(n * d * m.taps, 0, d * m.taps) + Cost(n * d * m.taps, 0, n))
+    pair = m.rows * (Cost(n * wide, 0, n * m.heads) + wide * Cost(n, 0, 1))
     if m.activation not in ('ln', 'ln_relu'): return pair
     charged = 0 if m.masked else max(0, m.layernorm - 1)
     return pair + Cost(charged * m.rows * m.heads * n, 2 * n)
@@ -85,13 +95,15 @@ def position_cost(m: MixerSizes) -> Cost:
     covered = 0                                        # tokens under B
     if m.kernel == 'depthwise': covered = m.tokens
     elif m.merged: covered = m.patches
-    return m.windows * covered * m.dim * Cost(covered, 0, 1) + Cost(params=entries)
+    channels = m.dim * m.taps if m.merged and m.kernel == 'pair' else m.dim
+    return m.windows * covered * channels * Cost(covered, 0, 1) + Cost(params=entries)
 
 def mixer_cost(grid: tuple[int, int], dim: int, heads: int, **settings) -> dict[str, Cost]:
     "One token mixer with its projections (Eq. 1, 2, 4, 5), part by part; settings as in `MixerSizes`."
     m = MixerSizes(grid, dim, heads, **settings)
     projected = 2 if m.kernel == 'depthwise' else 3
     static = linear_cost(m.rows, dim, projected * dim) + linear_cost(m.rows, dim, dim)
+    if m.taps > 1: static += linear_cost(m.rows, dim, (projected - 1) * (m.taps - 1) * dim)
     return {'static conv': static, 'dynamic conv': dynamic_cost(m), 'position': position_cost(m)}
 
 # %% ../../nbs/models/12_formulas.ipynb #339805d6
@@ -175,7 +187,7 @@ def swin_cost(
     mlp_ratio: float = 4, num_classes: int = 1000, in_chans: int = 3, patch_size: int = 4,
     head: bool = False,        # count the classifier's multiply-adds and activations too
     layernorm: int = 5,        # multiply-adds charged per element
-    activation: str = 'softmax', kernel: str = 'pair', # see `MixerSizes`
+    activation: str = 'softmax', kernel: str = 'pair', kernel_size: int = 1, # see `MixerSizes`
     **sizes,                   # see `swin_stages`
 ) -> dict[str, Cost]:          # part -> cost
     "A Swin Transformer; the defaults are Swin-T at 224 (section 4.1)."
@@ -188,7 +200,8 @@ def swin_cost(
             'head': head_cost(last.dim, num_classes, head)}
     parts = [ends] + [merging_cost(stage, layernorm) for stage in stages[1:]]
     for s in stages:
-        settings = dict(activation=activation, kernel=kernel, pos=pos, windows=s.windows, layernorm=layernorm,
+        settings = dict(activation=activation, kernel=kernel, kernel_size=kernel_size, pos=pos,
+                        windows=s.windows, layernorm=layernorm,
                         tables=s.dim if per_channel else None)
         for shifted in s.shifted:
             parts.append(mixer_cost((s.window, s.window), s.dim, s.heads, masked=shifted, **settings))

@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = lazy_names(
     measures="Finding draw_verdicts measure verdict",
     predictions="findings holm judge",
     weights="train_weights",
+    beyond="NETWORKS QUESTIONS answer read_networks train_networks",
     command="vdc_study",
 )
