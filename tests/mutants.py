@@ -2,12 +2,14 @@
 
     python tests/mutants.py               all of them, in a copy of the library: a table and the score
     python tests/mutants.py mathematics   those whose area or title contains the word
+    python tests/mutants.py --control     the same tests without any mistake: each must pass, or its kills say nothing
 
 A mutant is a file, a text that occurs in it once, what takes its place, and the tests to run. A mutant that
 survives is a test to be written.
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 class Mutant(NamedTuple):
     "One deliberate mistake."
-    area: str   # mathematics, framework, training, data, counting or surgery
+    area: str   # mathematics, framework, training, data, counting, surgery or road
     title: str  # what is wrong
     file: str   # in vitdynconv/
     old: str    # a text that occurs once in the file
@@ -64,12 +66,14 @@ MUTANTS = [
     Mutant("mathematics", "statistics of LayerNorm in half precision", NORM, "s = at_least_float32(logits)\n        s = F.layer_norm", "s = logits\n        s = F.layer_norm", "layers/test_reference_activations.py half_precision"),
     Mutant("mathematics", "statistics of LayerNorm in half precision, fast", "fast/closed_form.py", "q, k, v = in_float32(q, k, v)\n    k, inverse_deviation", "k, inverse_deviation", "layers/test_reference_attention.py half_precision"),
     Mutant("mathematics", "merged product in half precision", "fast/closed_form.py", "q, k, v = in_float32(q, k, v)\n    summary", "summary", "layers/test_fast.py half_precision"),
+    Mutant("mathematics", "fused softmax trains in half precision", "fast/dispatch.py", "if q.device.type == 'cpu' and trains(q, k, v): q, k, v = in_float32(q, k, v)", "pass", "layers/test_fast.py half_precision_is_no_worse and softmax"),
+    Mutant("mathematics", "Fourier transform of positions in half precision", "fast/relative_position.py", "    v, table = in_float32(v, table)\n", "", "layers/test_fast.py depthwise_of_half"),
     Mutant("mathematics", "is_causal ignored", MIXER, "if is_causal: return None,", "if False: return None,", "layers/test_reference_mixers.py test_mixers"),
     Mutant("mathematics", "softmax over nothing is uniform", SOFTMAX, "masked_fill(empty, 0)).masked_fill(empty, 0)", "masked_fill(empty, 0))", ACTIVATIONS),
     Mutant("mathematics", "projection of another grid", MIXTURE, "return p if self.live_grid in (None, self.grid_size) else self.resized(p, self.live_grid)", "return p", "layers/test_attention.py mixtures_of_another_grid"),
     Mutant("mathematics", "per-kernel weights through float32", POS, "(grid.float() if half else grid)", "grid.float()", "layers/test_conv.py own_precision"),
     Mutant("framework", "every activation 'softmax'", "framework/probe.py", "return getattr(own, 'name', own)", "return 'softmax'", "layers/test_framework.py activation_and_position"),
-    Mutant("framework", "neighborhoods are windows", "framework/probe.py", "return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)", "return False", "layers/test_framework.py told_apart"),
+    Mutant("framework", "neighborhoods are windows", "framework/probe.py", "return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)", "return False", "layers/test_framework.py foreign_modules"),
     Mutant("framework", "proofs without gradients", "framework/reference.py", "Difference(largest([outputs]), largest([slopes]))", "Difference(largest([outputs]), 0.)", "layers/test_framework.py gradient"),
     Mutant("framework", "NaN is no difference", "tools/testing.py", "if any(map(math.isnan, gaps)): return math.inf", "gaps = [gap for gap in gaps if gap == gap]", "layers/test_framework.py nan_is"),
     Mutant("framework", "vdc_equiv always green", "framework/commands.py", "if not max(row['outputs'], row['gradients']) < tol]", "if False]", "layers/test_framework.py command_fails"),
@@ -105,6 +109,24 @@ MUTANTS = [
     Mutant("surgery", "shared blocks keep their windows", "models/adapters/swin.py", "if other is old: set_module(self.model, path, block)", "if path + '.attn' == place.path: set_module(self.model, path, block)", "models/test_weights.py shared_blocks"),
     Mutant("surgery", "channels of the stem averaged twice", "models/fitting.py", "weight.sum(1, keepdim=True).expand", "weight.mean(1, keepdim=True).expand", "models/test_weights.py other_channels"),
     Mutant("surgery", "per-kernel weights resized by the nearest", POS, "mode='bicubic', antialias=True, align_corners=False)\n    return torch.cat", "mode='nearest')\n    return torch.cat", "layers/test_reference_mixers.py ramp"),
+    Mutant("road", "a border on the other side", "data/tensors.py", "else -((size - n) // 2)", "else (n - size) // 2", "train/test_same_picture.py clothes_of"),
+    Mutant("road", "a crop rounded down", "train/build.py", "while math.floor(size / share) < own: share", "while False: share", "train/test_same_picture.py clothes_of"),
+    Mutant("road", "files prepared as the recipe says, not the run", "train/evaluate.py", "*place, rank, world, device, images)", "*place, rank, world, device)", "train/test_same_picture.py evaluation_on_files"),
+    Mutant("road", "plan without gradients", "train/plan.py", "return self.weights + self.gradients + self.moments", "return self.weights + self.moments", "train/test_plan.py"),
+    Mutant("road", "plan for one process where several share", "train/plan.py", "parts = gpus if recipe.shard else 1", "parts = 1", "train/test_plan.py"),
+    Mutant("road", "plan counts attention's matrix", "train/plan.py", "if func is F.scaled_dot_product_attention: return", "if False: return", "train/test_plan.py"),
+    Mutant("road", "auto goes on with another recipe", "train/run.py", "other = wanted.differences(recipe)", "other = {}", "commands/test_practitioner.py ignored"),
+    Mutant("road", "matrix of guesses transposed", "train/mistakes.py", "labels * classes + guesses", "guesses * classes + labels", "train/test_plan.py mistakes"),
+    Mutant("road", "the best guesses shown", "train/mistakes.py", "batch[0].topk(min(WORST, len(batch[0]))).indices", "batch[0].topk(min(WORST, len(batch[0])), largest=False).indices", "train/test_plan.py mistakes"),
+    Mutant("road", "class names backwards", "train/prediction.py", "return LoadedRun(model, transform_of(recipe, record), list(classes)", "return LoadedRun(model, transform_of(recipe, record), list(classes)[::-1]", "commands/test_practitioner.py enough_to_predict"),
+    Mutant("road", "grey pictures not made grey", "train/prediction.py", "if len(self.mean) == 1: pixels = to_grey(pixels)", "if len(self.mean) == 1: pixels = pixels[:1]", "train/test_same_picture.py folders"),
+    Mutant("road", "export not compared", "train/export.py", "if not largest <= TOLERANCE", "if False and not largest <= TOLERANCE", "commands/test_practitioner.py differs_is_not"),
+    Mutant("road", "export without the names of its classes", "train/export.py", "config = dict(label_names=run.classes, ", "config = dict(", "commands/test_practitioner.py same_logits or names_its_classes"),
+    Mutant("road", "sizes not in the fingerprint", "data/fingerprint.py", "{name.partition(\"/\")[2]}\\t{size}", "{name.partition(\"/\")[2]}\\t", "commands/test_practitioner.py fingerprint"),
+    Mutant("road", "a run in its own data", "train/folder.py", "if data and Path(data).is_dir() and", "if False and", "commands/test_practitioner.py users_type"),
+    Mutant("road", "a folder with one's own files begun afresh", "train/folder.py", "or not all(name.startswith(START_FILES) for name in names)", "or False", "commands/test_practitioner.py begun"),
+    Mutant("road", "folders of pictures written into", "tools/files.py", "and not (is_own and is_own(path))", "and False", "commands/test_practitioner.py somebody"),
+    Mutant("road", "option given twice", "tools/cli.py", "if flags.count(flag) > 1:", "if False:", "commands/test_practitioner.py users_type"),
 ]
 
 
@@ -118,13 +140,14 @@ def missing(root=ROOT):
     return found
 
 
-def make_copy(folder, mutant):
-    "The library and its tests in `folder`, with one mistake."
+def make_copy(folder, mutant=None):
+    "The library and its tests in `folder`, with one mistake or none."
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("vitdynconv", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("settings.ini", "pytest.ini"):
         shutil.copy(ROOT / name, folder)
+    if mutant is None: return
     path = folder / "vitdynconv" / mutant.file
     path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
 
@@ -139,6 +162,7 @@ def run_tests(folder, tests):
         os.dup2(log, 2)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
+        os.environ["PYTHONPATH"] = str(folder)  # for the tests that start a process of their own
         import pytest
 
         words = ["-k", words] if words else []
@@ -149,24 +173,45 @@ def run_tests(folder, tests):
 OUTCOMES = {0: "SURVIVED", 1: "killed", 2: "killed", 5: "NO TEST"}
 
 
+def try_mutant(tests, mutant=None):
+    "The outcome of some tests with one mistake or none, and the test that failed first."
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        make_copy(copy, mutant)
+        outcome = OUTCOMES.get(run_tests(copy, tests), "ERROR")
+        failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", (copy / "log").read_text(encoding="utf-8"), re.M)
+    return outcome, failed[1] if failed else ""
+
+
+def control(chosen):
+    "Every selection of tests without a mistake; the number of those that do not pass."
+    wrong = 0
+    for tests in sorted({mutant.tests for mutant in chosen}):
+        outcome, failed = try_mutant(tests)
+        wrong += outcome != "SURVIVED"
+        print(f"{'passed' if outcome == 'SURVIVED' else outcome:9}{tests}  {failed}", flush=True)
+    return wrong
+
+
 def main(words):
     import fastai.vision.all  # noqa: F401  what every test imports, once for all forks
     import timm  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
+    without = "--control" in words
+    words = [word for word in words if word != "--control"]
     chosen = [m for m in MUTANTS if not words or any(word in f"{m.area} {m.title}" for word in words)]
+    if without: return control(chosen)
     killed = 0
     for mutant in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder) / "copy"
-            make_copy(copy, mutant)
-            start = time.time()
-            outcome = OUTCOMES.get(run_tests(copy, mutant.tests), "ERROR")
+        start = time.time()
+        outcome, failed = try_mutant(mutant.tests, mutant)
         killed += outcome == "killed"
-        print(f"{outcome:9}{mutant.area:12}{mutant.title:50}{time.time() - start:5.0f} s", flush=True)
+        print(f"{outcome:9}{mutant.area:12}{mutant.title:50}{time.time() - start:5.0f} s  {failed}", flush=True)
     print(f"{killed} of {len(chosen)} killed")
+    return len(chosen) - killed
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(bool(main(sys.argv[1:])))

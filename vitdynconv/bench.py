@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from .tools.cli import check_choice, command, format_table
-from .tools.files import check_target, refuse_training_run, save_rows
+from .tools.files import check_own_folder, check_target, save_rows
 
 # %% ../nbs/bench.ipynb #ecffceee
 @dataclass
@@ -99,8 +99,8 @@ def bench_files(suite: str, out: str, csv: str, json: str, plot: str) -> dict:
     if not out: return found
     if csv or json or plot: raise ValueError('--out names all files; leave --csv, --json and --plot out')
     check_target(str(Path(out).absolute()) + '.csv', '--out')
-    refuse_training_run(out)
-    if Path(out).is_file(): raise ValueError(f'--out {out} is a file; name a folder')
+    names = {'rows.csv', 'rows.json', 'scaling.png'}
+    check_own_folder(out, lambda folder: {path.name for path in folder.iterdir()} <= names)
     return dict(csv=f'{out}/rows.csv', json=f'{out}/rows.json', plot=f'{out}/scaling.png')
 
 # %% ../nbs/bench.ipynb #benchsm1

@@ -15,8 +15,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from .tools.cli import check_choice, command, format_table
-from .tools.files import replacing, rows_as_csv
-from .train.record import refuse_training_run
+from .tools.files import check_own_folder, json_holds, replacing, rows_as_csv
 
 # %% ../nbs/demo.ipynb #3b9c90c2
 VARIANTS = {  # name -> what the recipe says of it
@@ -67,17 +66,8 @@ def train_variant(
 def check_folder(
     out: str, # the folder wanted
 ) -> Path:    # the same, absolute
-    "Refuse a target that cannot become a folder, before any work starts."
-    path = Path(out).absolute()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f'--out {out} is a file; name a folder, which may be new')
-    parent = next(p for p in [path, *path.parents] if p.exists())
-    if not parent.is_dir():
-        raise ValueError(f'--out {out} lies in {parent}, which is a file; name a folder')
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f'--out {out} cannot be written: no permission in {parent}; name another folder')
-    refuse_training_run(path)
-    return path
+    "Refuse a target that cannot become a folder of the demo, before any work starts."
+    return check_own_folder(out, lambda folder: json_holds(folder / 'report.json', 'equivalence', 'results'))
 
 # %% ../nbs/demo.ipynb #76662a27
 def history_curves(
@@ -107,7 +97,7 @@ def write_results(
         with replacing(work / 'report.json') as file: file.write(json.dumps(report, indent=1).encode())
         plot_curves(panels, work / 'curves.png')
         out.mkdir(exist_ok=True)
-        for file in work.iterdir(): os.replace(file, out / file.name)
+        for file in sorted(work.iterdir(), reverse=True): os.replace(file, out / file.name)  # the report first
 
 # %% ../nbs/demo.ipynb #f83e69dc
 def check_demo(
@@ -119,6 +109,7 @@ def check_demo(
     names = [name.strip() for name in variants.split(',') if name.strip()]
     if not names: raise ValueError(f'--variants is empty; choose from {", ".join(VARIANTS)}')
     for name in names: check_choice('--variants', name, VARIANTS)
+    if len(set(names)) < len(names): raise ValueError(f'--variants {variants} names one twice; leave it out once')
     if epochs < 0: raise ValueError(f'--epochs {epochs} trains nothing; give 1 or more')
     if threads < 1: raise ValueError(f'--threads {threads} is no number of threads; give 1 or more')
     return names

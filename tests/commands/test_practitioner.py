@@ -1,6 +1,7 @@
 "From a folder of pictures to a prediction: what a run knows of itself, what it refuses, and what it hands on."
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -131,6 +132,12 @@ def test_exports_give_the_same_logits(home, tmp_path, format):
     assert torch.allclose(same(images), run.model(images), atol=1e-4)
 
 
+def test_a_hub_export_names_its_classes(home, tmp_path):
+    import timm
+    vdc_export(run=str(home/"RUN"), format="hf", out=str(tmp_path/"out"))
+    assert timm.create_model(f"local-dir:{tmp_path/'out'}", pretrained=True).pretrained_cfg["label_names"] == ["blue", "green", "red"]
+
+
 def test_an_export_that_differs_is_not_written(home, tmp_path, monkeypatch, capsys):
     from vitdynconv.train import export
     monkeypatch.setattr(export, "torch_program", lambda run: torch.export.export(torch.nn.Flatten(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)))
@@ -222,6 +229,19 @@ def test_two_writers(copied, capsys):
     assert not (copied/LOCK).exists()
 
 
+def test_the_fingerprint_sees_a_replaced_picture(copied, capsys):
+    "The same name, and another size in bytes."
+    Image.effect_noise((40, 40), 90).convert("RGB").save(copied.parent/"pictures/red/red_03.png")
+    assert "has other" in line(capsys, vdc_train, resume=str(copied), data=str(copied.parent/"pictures"))
+
+
+def test_a_folder_with_a_recipe_and_a_photograph_is_not_a_run_that_has_begun(home, tmp_path, capsys):
+    RECIPES["pictures"].save(tmp_path/"recipe.json")
+    (tmp_path/"photo.jpg").write_text("mine")
+    assert "is not empty" in line(capsys, vdc_train, data=str(home/"pictures"), out=str(tmp_path), **SMALL)
+    assert (tmp_path/"photo.jpg").read_text() == "mine"
+
+
 def test_a_lock_of_a_dead_process_is_stale(copied):
     code = f"import os, time; from vitdynconv.train.record import RunLock; lock = RunLock({str(copied)!r}); os.fork() or time.sleep(30); os.kill(os.getpid(), 9)"
     parent = subprocess.Popen([sys.executable, "-c", code])
@@ -235,6 +255,28 @@ def test_no_other_command_writes_into_a_run(copied, capsys, command, below):
     before = sorted(copied.rglob("*"))
     assert "belongs to a training run" in line(capsys, command, out=str(copied/below))
     assert sorted(copied.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command, more", [(vdc_demo, {}), (vdc_study, {}), (vdc_study, dict(weights=True)), (vdc_bench, {})])
+@pytest.mark.parametrize("files", [["photo.jpg"], ["history.csv"], ["report.json"], ["study.json", "runs/mine.txt"], ["rows.csv", "photo.jpg"], [".hidden"], ["album/photo.jpg"]])
+def test_no_command_writes_into_a_folder_of_somebody_else(tmp_path, capsys, command, more, files):
+    for name in files:
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    said = line(capsys, command, out=str(tmp_path), **more)
+    assert "has not written" in said or "does not describe a study" in said
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("command, more", [(vdc_predict, dict(images=["pictures"], run="RUN")), (vdc_eval, dict(checkpoint="RUN")), (vdc_cost, dict(model="deit_tiny_patch16_224")), (vdc_equiv, {})])
+@pytest.mark.parametrize("option", ["csv", "json"])
+def test_a_table_never_takes_the_place_of_another_file(home, monkeypatch, capsys, command, more, option):
+    monkeypatch.chdir(home)
+    for target in "pictures/red/red_00.png", "/dev/null":
+        before = Path(target).stat()
+        assert "name another" in line(capsys, command, **more, **{option: target})
+        assert Path(target).stat() == before
 
 
 def test_a_step_that_fails_leaves_nothing(home, tmp_path, monkeypatch, capsys):
@@ -310,6 +352,152 @@ WRONG = {
         (vdc_train, dict(plan=True, gpus=0)), (vdc_train, dict(plan=True, recipe="deit_s", gpus=3)), (vdc_train, dict(plan=True, data="nowhere")),
     ],
 }
+# Found by trying: what users do
+
+TOLD = {
+    "vdc_train": [
+        "--data pictures --out pictures/run", "--data pictures --out NEW --epochs 1 --epochs 2", "--data -dash --out NEW", "pictures --out NEW", "--data hollow --out NEW",
+        "--data single --out NEW", "--data pictures/red --out NEW", "--data text --out NEW", "--data pictures --out NEW --set 'epochs=\"3'", "--data pictures --out NEW --workers 100000",
+        "--data pictures --out NEW --depth 100000000", "--data pictures --out NEW --img-size 99999999999999999999", "--data pictures --out NEW --embed-dim 1e9", "--data pictures --out NEW --lr 1e300",
+        "--data pictures --out NEW --epochs 1e3", "--data pictures --out NEW --epochs nan", "--data pictures --out NEW --epochs -0", "--data pictures --out NEW --mixup nan",
+        "--data pictures --out NEW --rand-augment nonsense", "--data pictures --out NEW --rand-augment rand-mx", "--out NEW --crop-pct .5", "--data fashion --out NEW --random-erasing 0.5",
+        "--data pictures --out NEW --model swin_tiny_patch4_window7_224", "--data pictures --out /proc/run", "--data pictures --out .", "--resume text", "--resume pictures", "--resume RUN/best.safetensors --out NEW",
+        "--resume RUN/last.ckpt --out NEW --epochs 1", "--resume cut_ckpt", "--resume other_ckpt", "--resume no_data", "--resume strange", "--resume old", "--resume not_json", "--resume other_field",
+    ],
+    "vdc_eval": ["RUN", "--checkpoint cut", "--checkpoint foreign", "--checkpoint header.safetensors", "--checkpoint list.safetensors", "--checkpoint RUN --json /dev/null", "--checkpoint RUN --batch-size nan",
+                 "--checkpoint RUN --csv pictures/red/red_00.png", "--checkpoint RUN --data single", "--checkpoint RUN --checkpoint RUN"],
+    "vdc_predict": ["'' --run RUN", "text --run RUN", "movie.mp4 --run RUN", "empty --run RUN", "-- -dash --run RUN", "pictures --run foreign", "pictures --run cut", "pictures --run RUN --top nan",
+                    "pictures --run RUN --csv " + "a"*300 + ".csv", "pictures --run RUN/run.json", "pictures --run RUN --json pictures/red/red_00.png"],
+    "vdc_export": ["--run RUN --format torch --out pictures/red/red_00.png", "--run RUN --format onnx --out x.pt2", "--run RUN --format hf --out pictures", "--run RUN --out x.onnx", "--run foreign --format torch --out x.pt2",
+                   "--run RUN --format ONNX --out x.onnx", "--run RUN --format hf --out /proc/hub"],
+    "vdc_demo": ["--out pictures", "--out text/x", "--out /proc/demo", "--variants softmax,softmax", "--epochs 1e3", "--seed 99999999999999999999"],
+    "vdc_study": ["--plan quick --out pictures", "--weights --plan quick", "--weights --workers 3", "--weights --out pictures", "--plan quick --out /proc/x"],
+    "vdc_bench": ["--out pictures", "--suite scaling --plot text", "--seconds nan", "--suite core --suite model", "--device cuda:9"],
+    "vdc_cost": ["--model deit_tiny_patch16_224 --csv pictures/red/red_00.png", "--model deit_tiny_patch16_224 --input-size 1e3", "--table nan"],
+    "vdc_convert": ["--model deit_tiny_patch16_224 --out pictures/red/red_00.png", "--model deit_tiny_patch16_224 --out x.safetensors --checkpoint text"],
+    "vdc_equiv": ["--tol nan", "--json pictures/red/red_00.png", "--tol 1e-400"],
+}
+TOLD_CASES = [(command, words) for command, lines in TOLD.items() for words in lines]
+
+
+def damage(home):
+    "Runs that somebody has changed by hand."
+    def changed(name, file="run.json", **fields):
+        run = shutil.copytree(home/"RUN", home/name)
+        values = {key: value for key, value in (json.loads((run/file).read_text()) | fields).items() if value is not None}
+        (run/file).write_text(json.dumps(values))
+        return run
+    changed("no_data", data="/nowhere/at/all"), changed("strange", classes=3), changed("old", version="99.0", fingerprint=dict(version=7)), changed("other_field", "recipe.json", warp=3)
+    (changed("not_json")/"run.json").write_text("[")
+    for name, file in ("cut", "best.safetensors"), ("cut_ckpt", "last.ckpt"):
+        path = changed(name)/file
+        path.write_bytes(path.read_bytes()[:5000])
+    vdc_train(data=str(home/"pictures"), out=str(home/"DEEPER"), **SMALL | dict(depth="2", epochs="1"))
+    shutil.copy(home/"DEEPER/best.safetensors", changed("foreign"))
+    shutil.copy(home/"DEEPER/last.ckpt", changed("other_ckpt"))
+    from safetensors.torch import save_file
+    save_file(dict(w=torch.zeros(2)), home/"header.safetensors", dict(recipe='{"name": 3', run="["))
+    save_file(dict(w=torch.zeros(2)), home/"list.safetensors", dict(recipe="[1]"))
+
+
+@pytest.fixture(scope="module")
+def told(place):
+    "What the command lines name."
+    damage(place)
+    (place/"movie.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
+    write_pictures(place/"hollow")
+    (place/"hollow/empty").mkdir()
+    write_pictures(place/"single", images=1)
+    return place
+
+
+@pytest.mark.parametrize("command, words", TOLD_CASES, ids=[f"{command} {words[:60]}" for command, words in TOLD_CASES])
+def test_what_users_type_is_answered_in_one_line_and_leaves_nothing(told, monkeypatch, capsys, command, words):
+    monkeypatch.chdir(told)
+    monkeypatch.setattr(sys, "argv", [command, *shlex.split(words)])
+    before = {path: path.lstat().st_mtime_ns for path in told.rglob("*") if not path.is_dir()}
+    said = line(capsys, globals()[command])
+    assert said.startswith(f"{command}: ") and len(said) < 800
+    assert {path: path.lstat().st_mtime_ns for path in told.rglob("*") if not path.is_dir()} == before and not (told/"NEW").exists()
+
+
+def test_a_link_that_leads_to_itself_is_passed_over(copied):
+    pictures = copied.parent/"pictures"
+    (pictures/"self").symlink_to("self")
+    (pictures/"red/up").symlink_to("..")
+    assert len(predict(load_run(copied), pictures)) == 36
+    vdc_train(data=str(pictures), out=str(copied.parent/"NEW"), **SMALL | dict(epochs="1"))
+
+
+# Every command that is printed works when it is pasted
+
+def pasted(monkeypatch, text):
+    "Run the command that a line ends with."
+    words = shlex.split(text)
+    if words[0] == "cp": return shutil.copy(*words[1:])
+    assert words[0] == "vdc_train", words
+    monkeypatch.setattr(sys, "argv", words)
+    vdc_train()
+
+
+@pytest.fixture
+def odd(copied, monkeypatch):
+    "A run whose folder has a name that a shell takes apart and argparse takes for an option."
+    monkeypatch.chdir(copied.parent)
+    shutil.move(copied, copied.parent/"-my run; $(it)'s")
+    return Path("-my run; $(it)'s")
+
+
+def test_the_hint_to_resume_works(odd, monkeypatch, capsys):
+    from vitdynconv.train.ending import resume_command
+    pasted(monkeypatch, resume_command(odd))
+    monkeypatch.setattr(sys, "argv", ["vdc_train", "--data", "pictures", f"--out={odd}"])
+    said = line(capsys, vdc_train)
+    pasted(monkeypatch, "vdc_train " + said[said.index("--resume"):].strip())
+
+
+def test_the_hint_for_a_damaged_checkpoint_works(odd, monkeypatch, capsys):
+    (odd/"last.ckpt").write_bytes(b"")
+    said = line(capsys, vdc_train, resume=str(odd))
+    pasted(monkeypatch, said[said.index("cp "):].strip())
+    vdc_train(resume=str(odd))
+
+
+def test_the_hint_out_of_a_nan_works(odd, monkeypatch):
+    from vitdynconv.train.ending import lower_rate_command
+    recipe = json.loads((odd/"recipe.json").read_text())
+    command = lower_rate_command(odd)
+    assert "best-" in command or "last.ckpt" in command
+    for path in odd.glob("best-*.ckpt"): path.rename(odd/"best-0001.ckpt")
+    state = torch.load(odd/"last.ckpt", weights_only=True)
+    state["epoch"] = 1
+    torch.save(state, odd/"best-0001.ckpt")
+    pasted(monkeypatch, lower_rate_command(odd))
+    began = json.loads(Path(f"{odd}_lower/recipe.json").read_text())
+    assert began["lr"] == pytest.approx(recipe["lr"] / 10) and Path(f"{odd}_lower/model.safetensors").exists()
+
+
+def test_the_hint_out_of_a_nan_in_the_first_epoch_works(odd, monkeypatch):
+    from vitdynconv.train.ending import lower_rate_command
+    for path in odd.glob("best*"): path.unlink()
+    for path in odd.glob("*.safetensors"): path.unlink()
+    for name in "history.csv", "curves.png", "mistakes.png": (odd/name).unlink()
+    state = torch.load(odd/"last.ckpt", weights_only=True)
+    state["epoch"] = 0
+    torch.save(state, odd/"last.ckpt")
+    pasted(monkeypatch, lower_rate_command(odd))
+    assert (odd/"model.safetensors").exists()
+
+
+def test_the_hint_for_changed_data_works(copied, monkeypatch, capsys):
+    monkeypatch.chdir(copied.parent)
+    remove(copied.parent/"pictures")
+    words = ["vdc_train", "--resume", "RUN", "--data", "pictures"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert "add --changed_data" in line(capsys, vdc_train)
+    pasted(monkeypatch, shlex.join([*words, "--changed_data"]))
+
+
 CASES = [(kind, *case) for kind, cases in WRONG.items() for case in cases]
 
 

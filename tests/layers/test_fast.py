@@ -267,18 +267,51 @@ def test_empty_batches_and_rows_of_depthwise_attention(per_channel):
         for m in (None, mask[:0]): assert fast_depthwise_attention(q[:0], k[:0], mask=m, position=position).shape == (0, 2, n, 3)
 
 
-@pytest.mark.parametrize("name", ["scaling", "scaling_relu", "relu", "gelu", "ln", "ln_relu"])
-@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
-def test_half_precision_is_no_worse_than_the_definition(name, dtype):
+SIZES = (.01, 0), (1, 0), (1, 3), (8, 0), (1, 5)    # factor and common mean
+
+
+def value_and_gradients(f, tensors, act, mask, up):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    y = f(*tensors, act, mask=mask)
+    return [t.double() for t in (y.detach(), *torch.autograd.grad(y, tensors, up.to(y.dtype)))]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16], ids=str)
+def test_half_precision_is_no_worse_than_the_definition(name, masked, dtype):
+    "4096 kernels, small and large inputs, forward and backward, judged by float64."
     n, d = 4096, 64
-    for size, mean in ((.01, 0), (1, 0), (1, 3), (8, 0), (1, 5)):
+    for size, mean in SIZES:
         generator = torch.Generator().manual_seed(0)
-        q, k, v = [(torch.randn(1, 1, rows, d, generator=generator) + mean) * size for rows in (128, n, n)]
+        q, k, v = [(torch.randn(1, 1, rows, d, generator=generator) + mean) * size for rows in (32, n, n)]
         if mean == 5: q = q - 5 * size          # K'V exceeds float16, the result does not
+        mask = torch.rand(1, 1, 32, n, generator=generator) < .5 if masked else None
+        up = torch.randn(1, 1, 32, d, generator=generator)
         low, act = [t.to(dtype) for t in (q, k, v)], create_activation(name, num_kernels=n, head_dim=d)
-        exact = attention(*[t.double() for t in low], copy.deepcopy(act).double())
-        error = lambda f: ((f(*low, copy.deepcopy(act).to(dtype)).double() - exact).norm() / exact.norm()).nan_to_num(torch.inf, torch.inf).item()
-        assert error(dynamic_conv_attention) <= 1.1 * error(attention) + 1e-4, (size, mean)
+        exact = value_and_gradients(attention, [t.double() for t in low], copy.deepcopy(act).double(), mask, up)
+        found = [value_and_gradients(f, low, copy.deepcopy(act).to(dtype), mask, up) for f in (dynamic_conv_attention, attention)]
+        for what, right, fast_one, slow_one in zip(("y", "dq", "dk", "dv"), exact, *found):
+            ours, theirs = [((t - right).norm() / right.norm().clamp(min=1e-30)).nan_to_num(torch.inf, torch.inf).item() for t in (fast_one, slow_one)]
+            assert ours <= 1.1 * theirs + 1e-4, (what, size, mean)
+        with torch.no_grad(): y = dynamic_conv_attention(*low, copy.deepcopy(act).to(dtype), mask=mask)
+        ours, theirs = [((t.double() - exact[0]).norm() / exact[0].norm().clamp(min=1e-30)).nan_to_num(torch.inf, torch.inf).item() for t in (y, found[1][0])]
+        assert ours <= 1.1 * theirs + 1e-4, ("inference", size, mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16], ids=str)
+def test_depthwise_of_half_precision_is_no_worse_than_its_definition(dtype):
+    n, d, grid = 4096, 2, (64, 64)
+    for size, mean in SIZES:
+        generator = torch.Generator().manual_seed(0)
+        q, k = [((torch.randn(1, 1, n, d, generator=generator) + mean) * size).to(dtype) for _ in range(2)]
+        position = random_position(grid, 1, dtype=dtype)
+        wide = random_position(grid, 1)
+        wide.table.data = position.table.data.double()
+        with torch.no_grad():
+            exact = depthwise_attention(q.double(), k.double(), position=wide)
+            ours, theirs = [((f(q, k, position=position).double() - exact).norm() / exact.norm()).nan_to_num(torch.inf, torch.inf).item() for f in (fast_depthwise_attention, depthwise_attention)]
+        assert ours <= 1.1 * theirs + 1e-4, (size, mean)
 
 
 def test_masks_of_one_shape_are_told_apart():

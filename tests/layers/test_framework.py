@@ -315,6 +315,36 @@ def test_selections_are_told_apart(kind):
     assert near.row()[1] == SELECTIONS['neighborhood'].words and best.row()[1] == SELECTIONS['topk'].words
 
 
+class Ruled(nn.Module):
+    "Nobody's self-attention, with a mask that a rule makes of the logits: nothing but its behaviour says what it selects."
+    def __init__(self, rule):
+        super().__init__()
+        self.qkv, self.proj, self.rule = nn.Linear(24, 72), nn.Linear(24, 24), rule
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        logits = q @ k.mT / 24 ** .5
+        return self.proj(logits.masked_fill(~self.rule(logits), -math.inf).softmax(-1) @ v)
+
+
+def five_around(logits):
+    "The five kernels around a position; at the ends of the row, the nearest five."
+    n = logits.shape[-1]
+    place = torch.arange(n) - (torch.arange(n) - 2).clamp(0, n - 5)[:, None]
+    return (place >= 0) & (place < 5)
+
+
+def five_of_the_window(logits): return torch.arange(15)[:, None] // 5 == torch.arange(15) // 5
+def five_best(logits): return logits >= logits.topk(5).values[..., -1:]
+
+
+@pytest.mark.parametrize('rule, selection', [(five_around, 'neighborhood'), (five_of_the_window, 'local'), (five_best, 'topk')], ids=lambda v: getattr(v, '__name__', v))
+def test_selections_of_foreign_modules_are_told_apart(rule, selection):
+    torch.manual_seed(2)
+    spec = describe(Ruled(rule), torch.randn(1, 15, 24))
+    assert (spec.bank, spec.selection, spec.num_kernels) == ('dynamic', selection, 5)
+
+
 def test_cases_are_no_comparison_of_a_thing_with_itself():
     "In float32 nearly all pairs differ by rounding: the two sides are different computations."
     rows = equivalence_table(torch.float32)

@@ -12,10 +12,11 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models import commands
-from vitdynconv.models.cost import Cost, analyse, count, peak_memory
+from vitdynconv.models.cost import Cost, analyse, count, peak_memory, without_memory
 from vitdynconv.models.formulas import swin_cost, vit_cost
 from vitdynconv.fast.dispatch import accelerate
 from vitdynconv.models.surgery import convert
@@ -174,8 +175,34 @@ def test_modules_and_operators_add_up():
 
 @pytest.mark.parametrize('name', ['resnet18', 'convnextv2_atto', 'mobilenetv3_small_050', 'xcit_nano_12_p16_224', 'pvt_v2_b0', 'volo_d1_224', 'mobilevit_xxs', 'deit_tiny_distilled_patch16_224'])
 def test_other_architectures(name):
-    gflops, mparams, macts = count(timm.create_model(name))
-    assert gflops > .02 and macts > .5 and mparams == sum(p.numel() for p in timm.create_model(name).parameters()) / 1e6
+    "Products as PyTorch's own counter has them, and what convolutions and linear layers write as hooks see it."
+    model, written, products = timm.create_model(name).eval(), [], 'convolution linear matmul scaled_dot_product_attention'.split()
+    for m in model.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)): m.register_forward_hook(lambda m, x, y: written.append(y.numel()))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: model(torch.zeros(1, *model.default_cfg['input_size']))
+    acts = sum(written)
+    found = count(timm.create_model(name), head=True)
+    assert sum(found.operators[kind].macs for kind in products if kind in found.operators) == counter.get_total_flops() // 2
+    assert found.operators['convolution'].acts + found.operators['linear'].acts == acts
+    assert found.total.params == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['vdc_deit_tiny_patch16_224', 'vdc_swin_tiny_patch4_window7_224', 'vdc_convnext_atto']
+                         + [f'vdc_{system}_{body}' for system in ('dconv', 'ddwconv', 'linformer') for body in ('deit_tiny_patch16_224', 'swin_tiny_patch4_window7_224')])
+def test_a_model_on_the_meta_device_costs_the_same(name):
+    kwargs = dict(embed_dim=24, depths=(1, 2), num_heads=(1, 2), img_size=56) if 'swin' in name else dict(depth=2, embed_dim=48) if 'deit' in name else dict(depths=(1,) * 4, dims=(8, 16, 24, 32))
+    with torch.device('meta'): planned = timm.create_model(name, **kwargs)
+    forms = ['as is', 'literal'] if name == 'vdc_deit_tiny_patch16_224' else ['as is']
+    for form in forms: assert count(planned, form=form) == count(timm.create_model(name, **kwargs), form=form)
+    assert all(p.is_meta for p in planned.parameters())
+
+
+def test_weights_that_are_shared_stay_shared_without_memory():
+    with torch.device('meta'): model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    copied = without_memory(model)
+    assert copied[2].weight is copied[0].weight and copied[0].weight.untyped_storage().nbytes() == 4 and model[0].weight.is_meta
+    assert copied(torch.ones(1, 4)).tolist() == [[0.] * 4]
 
 
 def test_peak_memory_of_known_tensors():

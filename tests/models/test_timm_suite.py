@@ -6,7 +6,9 @@ elsewhere, where it is missing, these tests skip and say how to fetch it:
 
     pip download --no-deps --no-binary timm timm==VERSION -d .timm
 
-`pytest -m slow` runs all of it over the smallest bodies; the script below goes up to `small`.
+An ordinary run takes a few names, `pytest -m slow` every system on the smallest body of each kind (a minute). There the tests that look at no size
+(gradients, pruning at every block, intermediate features) meet narrow networks of few blocks: same classes, same code, a tenth of the arithmetic. What an
+ordinary run has seen whole is not repeated. The script below runs everything over every name up to `small`, each at its own size: most of an hour on one core.
 
 How our names come in: timm parametrizes by `list_models(patterns)`, and that call is answered with ours. A name `vdc_[system_]BASE` is in the list
 if BASE is. So each network meets the tests, the exclusions and the kind of layout that timm itself chose for its body. Tests that name
@@ -46,6 +48,11 @@ QUICK = {  # area -> names of an ordinary run
     'default_cfgs': 'vdc_(swin_tiny|linformer_swin_tiny|dconv_convnext_atto)', 'non_std': 'vdc_(deit_tiny|ddwconv_deit_tiny|linformer_deit_tiny)',
     'swin_family': 'swin_tiny', 'checkpoints': 'swin_tiny'}
 SMALLEST = '(deit|swin)_tiny|convnext_atto'   # every system on the smallest body of each kind: marked slow. `small` is for the script
+SLOW = [area for area in AREAS if area not in ('swin_family', 'checkpoints')]   # those two are whole in an ordinary run
+NARROW = {  # kind of body -> arguments of a narrow network, for the slow run's tests that look at no size
+    'deit_tiny': dict(embed_dim=48, depth=3), 'convnext_atto': dict(depths=(1, 1, 2, 1), dims=(16, 32, 64, 128)),
+    'swin_tiny': dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))}
+SIZELESS = [test for area in ('backward', 'intermediates', 'prune') for test in AREAS[area]] + ['test_model_backward_fx']
 
 
 def source() -> Path | None:
@@ -102,8 +109,9 @@ def our_names() -> dict[str, str]:
 
 class OurNames:
     "A plugin of pytest: timm's file is imported with our `list_models`, and meets a `create_model` that prefers ours; only the tests asked for are kept."
-    def __init__(self, tests, only=None):
-        self.tests, self.only, self.results = tests, only, {}
+    def __init__(self, tests, only=None, narrow=False):
+        self.tests, self.only, self.narrow, self.results = tests, only, narrow, {}
+        self.running = None   # timm's test
 
     def pytest_configure(self, config):
         import timm
@@ -117,6 +125,7 @@ class OurNames:
                 for name in names:
                     if names[name] != base: continue
                     found.add(f'{name}.{tag}' if tag and timm.is_model_pretrained(f'{name}.{tag}') else name)
+            if self.narrow: found = {tagged.partition('.')[0]: tagged for tagged in sorted(found)}.values()   # tags differ in their weights' address
             return sorted(found)
         timm.list_models = list_models
 
@@ -124,7 +133,7 @@ class OurNames:
         import timm
         timm.list_models, names = self.theirs, our_names()
         for module in {item.module for item in items}:   # the tests' own name, not timm's: ours are built from timm's models
-            module.create_model = lambda name, *args, **kwargs: timm.create_model(f'vdc_{name}' if f'vdc_{name}' in names else name, *args, **kwargs)
+            module.create_model = self.create_model
 
         def is_ours(item):
             name = item.callspec.params.get('model_name') if hasattr(item, 'callspec') else None
@@ -134,6 +143,15 @@ class OurNames:
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
+    def create_model(self, name, *args, **kwargs):
+        "Ours where there is one, and narrow where this run's test allows."
+        import timm
+        if f'vdc_{name}' in our_names(): name = f'vdc_{name}'
+        narrow = [few for body, few in NARROW.items() if body in name and self.narrow and self.running in SIZELESS]
+        return timm.create_model(name, *args, **kwargs, **(narrow[0] if narrow else {}))
+
+    def pytest_runtest_setup(self, item): self.running = item.originalname
+
     def pytest_runtest_logreport(self, report):
         if report.when != 'call' and report.outcome == 'passed': return
         crash = getattr(report.longrepr, 'reprcrash', None)
@@ -141,20 +159,20 @@ class OurNames:
         self.results[report.nodeid.rpartition('::')[2]] = report.outcome, ' '.join(str(why).split())[:600], round(report.duration, 1)
 
 
-def run(tests: list[str], folder: Path, only: str | None = None) -> dict:
+def run(tests: list[str], folder: Path, only: str | None = None, narrow: bool = False) -> dict:
     "Run some of timm's tests over our names, in a process of its own. Test -> (outcome, why, seconds)."
     with tempfile.TemporaryDirectory() as out:
         answer = Path(out) / 'results.json'
         env = os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'), PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
-        command = [sys.executable, __file__, '--child', str(folder), str(answer), json.dumps(tests), only or '']
+        command = [sys.executable, __file__, '--child', str(folder), str(answer), json.dumps(tests), only or '', 'narrow' if narrow else '']
         child = subprocess.run(command, env=env, capture_output=True, text=True, encoding='utf-8')
         if not answer.is_file(): raise RuntimeError(f"timm's tests did not run:\n{child.stdout[-3000:]}\n{child.stderr[-3000:]}")
         return json.loads(answer.read_text(encoding='utf-8'))
 
 
-def in_child(folder: str, answer: str, tests: str, only: str) -> None:
+def in_child(folder: str, answer: str, tests: str, only: str, narrow: str) -> None:
     "The process of its own."
-    plugin = OurNames(json.loads(tests), only)
+    plugin = OurNames(json.loads(tests), only, bool(narrow))
     options = ['-q', '-c', f'{folder}/pyproject.toml', '--rootdir', folder, '--import-mode=importlib', '-p', 'no:cacheprovider', '-W', 'ignore', '--tb=short']
     code = pytest.main([f'{folder}/tests/test_models.py', *options], plugins=[plugin])
     if code in (0, 1, 5): Path(answer).write_text(json.dumps(plugin.results), encoding='utf-8')   # passed, some failed, none there; anything else is a broken run
@@ -165,9 +183,9 @@ def results(slow: bool) -> dict:
     "What the tests of all areas said, run once, in one process."
     folder = fetched()
     if folder is None: pytest.skip(missing())
-    areas = AREAS if slow else QUICK
+    areas = SLOW if slow else QUICK
     only = '|'.join(rf"({'|'.join(AREAS[area])})\[.*({SMALLEST if slow else QUICK[area]})" for area in areas)
-    return run([test for area in areas for test in AREAS[area]], folder, only)
+    return run([test for area in areas for test in AREAS[area]], folder, only, narrow=slow)
 
 
 def check(area: str, slow: bool) -> None:
@@ -182,7 +200,7 @@ def test_timms_own_tests_pass_over_a_few(area): check(area, slow=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('area', AREAS)
+@pytest.mark.parametrize('area', SLOW)
 def test_timms_own_suite_passes_over_the_smallest(area): check(area, slow=True)
 
 

@@ -16,6 +16,7 @@ from collections import Counter
 from copy import copy
 from functools import partial
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Iterable
 import numpy as np
 from fastcore.basics import patch
@@ -44,9 +45,11 @@ def visible_files(
     for entry in os.scandir(folder):
         name = prefix + entry.name
         if is_hidden(entry.name): continue
-        if entry.is_dir(): yield from visible_files(entry.path, f'{name}/', (*above, identity))
-        elif entry.is_file(): yield name, entry.stat()
-        else: yield name, None
+        try: status = entry.stat()
+        except OSError: status = None      # a link that leads nowhere, or to itself
+        if status and S_ISDIR(status.st_mode):
+            yield from visible_files(entry.path, f'{name}/', (*above, identity))
+        else: yield name, status if status and S_ISREG(status.st_mode) else None
 
 # %% ../../nbs/data/05_folders.ipynb #fo9reader
 def is_image(name: str) -> bool:
@@ -92,7 +95,7 @@ def class_of(name: str) -> str:
 
 def class_folders(root: str | Path) -> list:
     "Names of the folders in a folder, hidden ones left out."
-    return [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
+    return [entry.name for entry in os.scandir(root) if os.path.isdir(entry.path) and not is_hidden(entry.name)]
 
 # %% ../../nbs/data/05_folders.ipynb #fp0im2x
 @patch

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'IMAGE_SETTINGS', 'as_bytes', 'as_rgb', 'folder_in_one_piece', 'save_split', 'write_imagefolder',
-           'posterize_some', 'keep_one_bit', 'image_transforms', 'statistics', 'ImageSet', 'to_grey', 'DrawErasing',
-           'Requests', 'collate_readable', 'ImageLoader']
+           'posterize_some', 'keep_one_bit', 'Enlarge', 'image_transforms', 'statistics', 'ImageSet', 'to_grey',
+           'DrawErasing', 'Requests', 'collate_readable', 'ImageLoader']
 
 # %% ../../nbs/data/04_images.ipynb #1efca84c
 import logging
@@ -26,6 +26,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from .loader import EpochLoader, ImageData, epoch_seed, kept_randomness, seed_from
+from .tensors import enlarge
 
 # %% ../../nbs/data/04_images.ipynb #im2rgb
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
@@ -115,6 +116,7 @@ IMAGE_SETTINGS = dict(
     random_erasing=0.25,                        # Table 4: share of the images
     repeated_aug=0,                             # Table 4: 3 for DeiT
     mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+    own_size=None,                              # evaluation of enlarged images: see `Enlarge`
     num_classes=None,                           # how many there have to be; None: as many as there are
     workers=4, seed=0)
 
@@ -133,6 +135,18 @@ def keep_one_bit(transform):  # the transform, changed in place
             if op.name.startswith('Posterize'): op.aug_fn = partial(posterize_some, posterize=op.aug_fn)
     return transform
 
+# %% ../../nbs/data/04_images.ipynb #enlarge1
+class Enlarge:
+    """Shrinks a picture to the few pixels that a data set has, and enlarges those as its loaders do:
+    picture -> uint8 tensor (3, input_size, input_size)."""
+    def __init__(self, own_size: int, input_size: int, **common):
+        self.size = input_size
+        self.shrink = create_transform(own_size, crop_pct=1., **common)
+
+    def __call__(self, picture):
+        pixels = torch.as_tensor(self.shrink(picture))[None] / 255
+        return (enlarge(pixels, self.size)[0] * 255).round().to(torch.uint8)
+
 # %% ../../nbs/data/04_images.ipynb #im7trans
 def image_transforms(
     settings,  # mapping with the keys of `IMAGE_SETTINGS`
@@ -144,6 +158,7 @@ def image_transforms(
     augment = settings['rand_augment'] or None
     jitter = settings['color_jitter'] or None
     train = create_transform(is_training=True, auto_augment=augment, color_jitter=jitter, **common)
+    if settings['own_size']: return keep_one_bit(train), Enlarge(settings['own_size'], **common)
     return keep_one_bit(train), create_transform(crop_pct=settings['crop_pct'], **common)
 
 # %% ../../nbs/data/04_images.ipynb #im7stat

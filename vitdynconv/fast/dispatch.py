@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from .closed_form import (is_shorter, layernorm_attention, linear_attention, normalised,
                                          with_shift)
-from .products import autocast_dtype, recorded, trains, without_autocast
+from .products import autocast_dtype, in_float32, recorded, trains, without_autocast
 from .relative_position import (bias_product, masked_mean, masked_position, relative_position)
 from .tiled import STORED, Tiled, by_closed_form, layernorm_weights, pointwise_attention
 from ..layers.activations import ACTIVATIONS
@@ -63,8 +63,11 @@ def as_matrix(t: Tensor | None, q: Tensor) -> Tensor | None:
     return t if t.dtype == torch.bool else t.to(q.dtype)
 
 def fused(q, k, v, act: Softmax, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    "Softmax attention by PyTorch's fused kernel, for (b, h, n or m, d), a bias and a mask of four axes."
-    empty = None
+    """Softmax attention by PyTorch's fused kernel, for (b, h, n or m, d), a bias and a mask of four axes. Half
+    precision trains in float32 on a CPU: the kernel's backward pass rounds before it sums."""
+    empty, dtype = None, q.dtype
+    if q.device.type == 'cpu' and trains(q, k, v): q, k, v = in_float32(q, k, v)
+    if bias is not None: bias = bias.to(q.dtype)
     if mask is not None and q.device.type != 'cpu':       # other kernels than the CPU's may give NaN there
         empty = ~mask.any(-1, keepdim=True)
         mask = mask | empty
@@ -72,7 +75,7 @@ def fused(q, k, v, act: Softmax, bias: Tensor | None, mask: Tensor | None) -> Te
     if isinstance(act, SoftmaxPlusOne):
         k, v = [F.pad(t, (0, 0, 0, 1)) for t in (k, v)]
         if mask is not None: mask = F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=act.factor)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=act.factor).to(dtype)
     return y if empty is None else y.masked_fill(empty, 0)
 
 # %% ../../nbs/fast/04_dispatch.ipynb #98daf5a0

@@ -84,8 +84,11 @@ def toeplitz_gauss(cosine: Tensor, sine: Tensor, waves: Tensor) -> Tensor:
 
 # %% ../../nbs/fast/03_relative_position.ipynb #d71e6670
 def position_by_fourier(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
-    "`B V` by a Fourier transform along y and a Toeplitz matrix along x per frequency: one table per head."
+    """`B V` by a Fourier transform along y and a Toeplitz matrix along x per frequency: one table per head. In
+    float32 at least: of five products, each would round."""
     b, h, n, d = v.shape
+    dtype = v.dtype
+    v, table = in_float32(v, table)
     height, width = grid
     axis = torch.arange(1 - height, height, device=v.device, dtype=torch.float64)
     there = fourier(axis[height - 1:], height).to(v.dtype)             # (2H, H)
@@ -102,7 +105,7 @@ def position_by_fourier(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tens
         waves = (there @ x).view(-1, height, 2, width, b * d)
         y = multiply(cosine[heads], sine[heads], waves).view(-1, 2 * height, width * b * d)
         results.append((back @ y).view(-1, n, b * d))
-    return apart(torch.cat(results), b, d)
+    return apart(torch.cat(results), b, d).to(dtype)
 
 # %% ../../nbs/fast/03_relative_position.ipynb #32944f46
 def position_by_fft(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:

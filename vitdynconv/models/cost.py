@@ -7,10 +7,11 @@ __all__ = ['CONVENTIONS', 'FIRST_IS_LEFT', 'SECOND_IS_LEFT', 'NORMS', 'POOLS', '
            'MAKERS', 'FREE', 'FORMS', 'Cost', 'numel', 'written', 'nothing', 'product_macs', 'attention_macs',
            'attention_acts', 'conv_macs', 'norm_macs', 'is_complex', 'fourier_macs', 'multiply_macs', 'OperatorRule',
            'operators', 'unknown', 'operator_score', 'score_inside', 'analyse', 'quiet', 'scored', 'scored_inside',
-           'merged_attention', 'computed_as', 'head_names', 'image_size', 'Count', 'count', 'measure', 'leave_out',
-           'total_of', 'peak_memory']
+           'merged_attention', 'computed_as', 'head_names', 'image_size', 'Count', 'count', 'measure', 'without_memory',
+           'stand_in', 'leave_out', 'total_of', 'peak_memory']
 
 # %% ../../nbs/models/11_cost.ipynb #e546f67c
+import copy
 import math
 from collections import Counter
 from contextlib import contextmanager
@@ -377,6 +378,7 @@ def count(
 # %% ../../nbs/models/11_cost.ipynb #6ab614eb
 def measure(model: nn.Module, size: tuple, layernorm: int, form: str) -> dict[str, Counter]:
     "The scores of one image, (c, h, w); the model's mode is put back."
+    if any(p.is_meta for p in model.parameters()): model = without_memory(model)
     like = next(model.parameters(), torch.empty(0))
     image = torch.zeros(1, *size, dtype=like.dtype, device=like.device)
     training = {m: m.training for m in model.modules()}
@@ -384,6 +386,26 @@ def measure(model: nn.Module, size: tuple, layernorm: int, form: str) -> dict[st
         with torch.no_grad(), computed_as(model, form): return analyse(model.eval(), image, layernorm)
     finally:
         for m, mode in training.items(): m.training = mode
+
+# %% ../../nbs/models/11_cost.ipynb #cst3me
+def without_memory(
+    model: nn.Module, # on the meta device, in whole or in part
+) -> nn.Module:       # a copy that runs on the CPU
+    "A copy that computes: its meta tensors are one zero each, expanded to their shape."
+    copied, stand_ins = copy.deepcopy(model), {}
+    for module in list(copied.modules()):
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if not tensor.is_meta: continue
+            if tensor not in stand_ins: stand_ins[tensor] = stand_in(tensor)
+            setattr(module, name, stand_ins[tensor])
+    return copied
+
+def stand_in(tensor: Tensor) -> Tensor:
+    "One zero in the shape of a meta tensor; a parameter stays one."
+    zero = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    if not isinstance(tensor, nn.Parameter): return zero
+    return nn.Parameter(zero, tensor.requires_grad)
 
 # %% ../../nbs/models/11_cost.ipynb #c2f20be5
 def leave_out(scores: dict[str, Counter], name: str) -> None:

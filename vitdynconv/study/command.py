@@ -6,37 +6,51 @@
 __all__ = ['vdc_study', 'make_weights']
 
 # %% ../../nbs/study/01_command.ipynb #3aa98890
-from .plan import PLANS, check_out_folder, cores, jobs_of, open_study
+from .plan import PLANS, cores, jobs_of, open_study
 from ..tools.cli import command, exit_with_message
+from ..tools.files import check_own_folder
+from ..train.record import RunLock
 
 # %% ../../nbs/study/01_command.ipynb #c21bc944
 @command(go_on='finished runs are kept: the same command goes on')
 def vdc_study(
-    plan: str = 'full', # 'full'; 'main', its first twelve rows; 'digits'; or 'quick', for a taste
+    plan: str = '',     # 'full'; 'main', its first twelve rows; 'digits'; 'quick', for a taste; left out: full
     out: str = 'study', # folder for tables and curves; a study that it holds goes on
     workers: int = 0,   # runs at once, each on one core; 0: as many as there are cores
     weights: bool = False, # instead of a study, train the networks that come with the library, into `out`
 ):
     "Train small rows of Tables 2 and 3, with several seeds, on Fashion-MNIST or digits."
+    if weights: return make_weights(out, plan, workers)
+    plan = plan or 'full'
     if plan not in PLANS:
         raise ValueError(f'--plan {plan!r} is unknown; choose from {", ".join(PLANS)}')
     if workers < 0:
         raise ValueError(f'--workers {workers} is no number of processes; '
                          'give 1 or more, or 0 for all cores')
-    if weights: return make_weights(out)
     open_study(PLANS[plan], out)
+    lock = RunLock(out)
     print(f'{len(jobs_of(PLANS[plan]))} runs, {workers or cores()} at once, into {out}', flush=True)
     from vitdynconv.study.runs import run_study
     try: run_study(PLANS[plan], out, workers)
     except RuntimeError as error: exit_with_message('vdc_study', error, 1)
+    finally: lock.release()
     print(f'written to {out}: history.csv, tuning.csv, study.json, curves.png')
 
 # %% ../../nbs/study/01_command.ipynb #studywei
 def make_weights(
-    out: str,  # folder for the files and the state of what is not finished
+    out: str,     # folder for the files and the state of what is not finished
+    plan='',      # of a study: not for weights
+    workers=0,    # of a study: not for weights
 ) -> None:
     "Train the networks that come with the library, or go on with it."
-    check_out_folder(out)
+    if plan or workers:
+        raise ValueError(f'--{"plan" if plan else "workers"} is for a study, not for --weights; leave it out')
+    from vitdynconv.models.bundled import BODIES
     from vitdynconv.study.weights import train_weights
-    files = train_weights(out)
+    names = ('state', '.lock', '.vdc_', *BODIES)  # how everything begins that is written there
+    own = lambda folder: all(path.name.startswith(names) for path in folder.iterdir())
+    check_own_folder(out, own).mkdir(parents=True, exist_ok=True)
+    lock = RunLock(out)
+    try: files = train_weights(out)
+    finally: lock.release()
     print(f'written to {out}: {", ".join(file.name for file in files)}')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW', 'SMALL', 'ROWS', 'QUICK_ROWS', 'WITH_CLASS_TOKEN', 'MAIN_ROWS', 'OTHER_ROWS', 'FASHION', 'PLANS', 'PACKAGES',
            'Row', 'row_of', 'Plan', 'Job', 'trials_of', 'jobs_of', 'processor', 'cores', 'describe', 'read_description',
-           'in_short', 'check_same', 'check_out_folder', 'open_study']
+           'in_short', 'check_same', 'check_out_folder', 'holds_study', 'open_study']
 
 # %% ../../nbs/study/00_plan.ipynb #3aa98890
 import dataclasses
@@ -18,9 +18,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 import vitdynconv
-from ..tools.files import replacing
+from ..tools.files import check_own_folder, replacing
 from ..models.paper import TABLE2
-from ..train.record import refuse_training_run
 
 # %% ../../nbs/study/00_plan.ipynb #05db88e0
 ROW = ['base', 'activation', 'kernel', 'pos', 'cls']  # the columns that name a row
@@ -175,10 +174,16 @@ def check_same(
 def check_out_folder(
     out,  # folder, which may be new
 ) -> None:
-    "ValueError if it is a file, or belongs to a training run."
-    refuse_training_run(out)
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f'--out {out} is a file; name a folder, which may be new')
+    "ValueError if it is a file, belongs to a training run, or holds somebody else's files."
+    check_own_folder(out, holds_study)
+
+def holds_study(
+    folder: Path,
+) -> bool:
+    "Has a study written these files? Its beginning is a hidden draft of its first file."
+    names = {path.name for path in folder.iterdir()}
+    own = {'.study.json.tmp', 'runs', '.lock', 'history.csv', 'tuning.csv', 'curves.png'}
+    return 'study.json' in names or (names <= own and not names <= {'history.csv', 'tuning.csv', 'curves.png'})
 
 # %% ../../nbs/study/00_plan.ipynb #8da3e145
 def open_study(
@@ -195,5 +200,6 @@ def open_study(
     if runs.exists() and any(runs.iterdir()):
         raise ValueError(f'{out} holds runs of an unknown study: study.json is missing; '
                          'choose another --out')
-    runs.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with replacing(file) as draft: draft.write(json.dumps(wanted, indent=1).encode() + b'\n')
+    runs.mkdir(exist_ok=True)

@@ -89,7 +89,7 @@ def weights_record(
 ) -> dict:      # see `vitdynconv.train.record.record_of`; with what these weights came to
     "What a bundled file says of itself."
     recipe = learn.recipe
-    images = run_images(recipe, 'fashion') | dict(crop_pct=recipe.img_size / 28)
+    images = run_images(recipe, 'fashion')
     result = evaluate(model, learn.dls, recipe)
     return record_of(learn.dls, images, 'fashion', '', 'vdc_study --weights') | dict(
         accuracy=result['top1'], loss=result['loss'], samples=sample_score(model, recipe.img_size),

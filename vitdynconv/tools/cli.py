@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INSTALL', 'FULL_DISK', 'DAMAGED', 'DEAD_PROCESS', 'DEAD_PROCESS_CLASSES', 'CONVERTERS', 'format_value',
-           'format_table', 'exit_with_message', 'check_choice', 'short_message', 'is_dead_process', 'is_out_of_memory',
-           'is_full_disk', 'explain_error', 'explain_missing', 'exit_on_error', 'Option', 'options_of', 'whole_number',
-           'number', 'without_none', 'argument_settings', 'CommandParser', 'with_hyphens', 'runs_as_module',
-           'runs_as_script', 'command']
+           'format_table', 'exit_with_message', 'check_choice', 'shell_words', 'short_message', 'is_dead_process',
+           'is_out_of_memory', 'is_full_disk', 'explain_error', 'explain_missing', 'exit_on_error', 'Option',
+           'options_of', 'whole_number', 'number', 'without_none', 'argument_settings', 'CommandParser', 'with_hyphens',
+           'runs_as_module', 'runs_as_script', 'command']
 
 # %% ../../nbs/tools/03_cli.ipynb #8abd05ab
 import argparse
@@ -20,6 +20,7 @@ import lzma
 import math
 import os
 import pickle
+import shlex
 import sys
 import tarfile
 import types
@@ -86,6 +87,14 @@ def check_choice(
     close = difflib.get_close_matches(str(value), choices, n=1)
     suggestion = f'; did you mean {close[0]}?' if close else ';'
     raise ValueError(f'{option} {value} is unknown{suggestion} choose from {", ".join(choices)}')
+
+# %% ../../nbs/tools/03_cli.ipynb #shellwo1
+def shell_words(
+    *paths,  # of files or folders
+) -> str:
+    "Paths as they are pasted into a shell: with quotes where it needs them, none taken for an option."
+    words = [str(path) for path in paths]
+    return shlex.join(f'./{word}' if word.startswith('-') else word for word in words)
 
 # %% ../../nbs/tools/03_cli.ipynb #cliguar1
 def short_message(
@@ -254,13 +263,24 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         "One line to stderr, exit code 2."
+        if 'expected one argument' in message: message += ' (for one that begins with a dash, write --option=VALUE)'
+        if message.startswith('unrecognized') and self.options:
+            message += f' (a value stands after its option, such as {self.options[0].flag})'
         exit_with_message(self.prog, f'{message}; {self.prog} --help lists the options')
 
     def parse(self, words: list[str]) -> dict:
         "The values of a command line, by the name of the parameter."
         words = [with_hyphens(word) for word in words]
-        for word in words: self.check_flag(word.partition('=')[0])
+        flags = [word.partition('=')[0] for word in words]
+        if '--' in flags: flags = flags[:flags.index('--')]
+        for flag in flags: self.check_flag(flag)
+        self.check_repeated([flag for flag in flags if flag.startswith('--')])
         return vars(self.parse_args(words))
+
+    def check_repeated(self, flags: list[str]) -> None:
+        "Refuse an option that is given twice: one of its values would be ignored."
+        for flag in flags:
+            if flags.count(flag) > 1: self.error(f'{flag} is given {flags.count(flag)} times: leave one')
 
     def check_flag(self, word: str) -> None:
         "Refuse an option that there is not, before its value is taken for something else."

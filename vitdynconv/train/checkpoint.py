@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import random
+import re
 import safetensors.torch
 from fastai.basics import *
 from fastai.callback.all import *
@@ -81,7 +82,7 @@ def load_checkpoint(
     if not path.is_file(): raise CheckpointError(f'no checkpoint at {path}')
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split('\n')[0][:200]
+        reason = re.split(r'\.\s|\n', str(error).strip())[0][:200] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError): reason = 'it holds more than tensors and plain values'
         size = f'{path.stat().st_size:,} bytes'
         problem = f'{path} is damaged, cut short or not a checkpoint ({size}): {reason}'

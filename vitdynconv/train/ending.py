@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from ..tools.cli import exit_with_message, explain_error, short_message
+from ..tools.cli import exit_with_message, explain_error, shell_words, short_message
 from ..tools.files import is_training_run
 
 # %% ../../nbs/train/16_ending.ipynb #ending07
@@ -25,7 +25,7 @@ def resume_command(
     folder,  # of the run
 ) -> str:
     "The command that goes on with a run, for as many processes as this one has."
-    words = f'--resume {shlex.quote(str(folder))}'
+    words = f'--resume {shell_words(folder)}'
     world = int(os.environ.get('WORLD_SIZE', 1))
     here = int(os.environ.get('LOCAL_WORLD_SIZE', world))
     if world == 1: return f'vdc_train {words}'
@@ -61,8 +61,8 @@ def lower_rate_command(
     recipe = json.loads((folder/'recipe.json').read_text())
     rate = f'{recipe["lr"] / 10:.3g}'
     checkpoint = earlier_checkpoint(folder)
-    place = shlex.quote(str(folder))
-    if checkpoint: return f'vdc_train --resume {shlex.quote(str(checkpoint))} --out {place}_lower --lr {rate}'
+    place = shell_words(folder)
+    if checkpoint: return f'vdc_train --resume {shell_words(checkpoint)} --out {place}_lower --lr {rate}'
     command = json.loads((folder/'run.json').read_text()).get('command') or 'vdc_train'
     return f'{without_rate(command)} --out {place} --lr {rate}'
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'read_weights', 'read_safetensors', 'stored_recipe', 'model_with_weights', 'evaluate', 'evaluation_data',
-           'evaluation_loaders', 'weights_file', 'best_of', 'vdc_eval']
+           'evaluation_loaders', 'weights_file', 'check_own_weights', 'best_of', 'vdc_eval']
 
 # %% ../../nbs/train/11_evaluate.ipynb #b9b34a7f
 import json as json_format
@@ -49,8 +49,11 @@ def read_safetensors(
     if 'recipe' not in header:
         raise CheckpointError(f'{path} names no recipe, so its model is unknown; vdc_train writes files that '
                               'do')
-    recipe = stored_recipe(path, json_format.loads(header['recipe']))
-    return recipe, tensors, json_format.loads(header.get('run', '{}'))
+    try: fields, record = (json_format.loads(header.get(name, '{}')) for name in ('recipe', 'run'))
+    except ValueError as error: raise CheckpointError(f'{path} has a damaged header: {error}') from error
+    if not isinstance(fields, dict) or not isinstance(record, dict):
+        raise CheckpointError(f'{path} has a damaged header: recipe and run have to be JSON objects')
+    return stored_recipe(path, fields), tensors, record
 
 # %% ../../nbs/train/11_evaluate.ipynb #c4e30772
 def stored_recipe(
@@ -115,11 +118,12 @@ def evaluation_data(
 
 def evaluation_loaders(recipe, record: dict, data: str, reader: str, path) -> tuple:
     "Loaders (and rank) for an evaluation. ValueError if their classes are not those of the weights."
-    from vitdynconv.train.build import recipe_dls
+    from vitdynconv.train.build import IMAGE_NAMES, recipe_dls
     from vitdynconv.train.learner import start_processes
     place = evaluation_data(recipe, record, data, reader, path)
     rank, world, device = start_processes()
-    dls = recipe_dls(recipe.replace(grad_accum=1), *place, rank, world, device)
+    images = {name: record[name] for name in IMAGE_NAMES if record.get(name) is not None}
+    dls = recipe_dls(recipe.replace(grad_accum=1), *place, rank, world, device, images)
     check_classes(record, dls, path)
     for change in data_changes(record, dls):
         if not data and not rank: print(f'not as in training: {change}')
@@ -141,6 +145,17 @@ def weights_file(
         if (path/name).is_file(): return path/name
     raise ValueError(f'{path} has none of {", ".join(WEIGHTS)}: give the folder of a run of vdc_train')
 
+# %% ../../nbs/train/11_evaluate.ipynb #evalown1
+def check_own_weights(folder, file, recipe: Recipe):
+    "`CheckpointError` for a file in the folder of a run that belongs to another one."
+    from vitdynconv.train.checkpoint import CheckpointError
+    if not Path(folder).is_dir(): return
+    try: other = recipe.differences(Recipe.load(Path(folder)/'recipe.json'))
+    except (OSError, ValueError): return    # the weights explain themselves
+    if other:
+        raise CheckpointError(f'{file} belongs to a run with another {", ".join(other)} than the recipe.json next '
+                              'to it: to use it all the same, name the file')
+
 # %% ../../nbs/train/11_evaluate.ipynb #evalbest
 def best_of(folder, weights: str) -> str:
     "The file of a run that is evaluated. ValueError if there is none."
@@ -161,8 +176,10 @@ def vdc_eval(
     if not checkpoint: raise ValueError('give --checkpoint, a .ckpt or .safetensors that vdc_train wrote')
     check_target(csv, '--csv')
     check_target(json, '--json')
-    if Path(checkpoint).is_dir(): checkpoint = best_of(checkpoint, weights)
+    folder = checkpoint
+    if Path(folder).is_dir(): checkpoint = best_of(folder, weights)
     recipe, tensors, record = read_weights(checkpoint, weights)
+    check_own_weights(folder, checkpoint, recipe)
     if batch_size: recipe = recipe.override(batch_size=batch_size)
     dls, rank = evaluation_loaders(recipe, record, data, reader, checkpoint)
     result = evaluate(model_with_weights(recipe, tensors, checkpoint), dls, recipe)

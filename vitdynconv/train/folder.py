@@ -7,10 +7,10 @@ __all__ = ['START_FILES', 'is_unfinished', 'check_out', 'remove_start', 'open_ru
 
 # %% ../../nbs/train/08_folder.ipynb #folder03
 import json
-import os
 import shutil
 from pathlib import Path
-from ..tools.files import refuse_training_run, replacing
+from ..tools.cli import shell_words
+from ..tools.files import can_write, is_training_run, refuse_training_run, replacing
 from .record import LOCK, RunLock, check_free
 
 # %% ../../nbs/train/08_folder.ipynb #896e5e22
@@ -29,19 +29,24 @@ def is_unfinished(
     try: return load_checkpoint(folder/'last.ckpt')['epoch'] == 0
     except CheckpointError: return False
 
+# %% ../../nbs/train/08_folder.ipynb #55ceef5c
 def check_out(
-    folder,  # where the run shall be
+    folder,   # where the run shall be
+    data='',  # that it trains on
 ) -> Path:
     "Raise ValueError if `folder` cannot become a new run; writes nothing."
     folder = Path(folder)
+    if data and Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(f'out={str(folder)!r} lies in the data, {data}: its pictures would be a class; give a '
+                         'folder elsewhere')
     if folder.is_file(): raise ValueError(f'out={str(folder)!r} is a file; give a new folder')
     refuse_training_run(folder.absolute().parent)
     check_free(folder)
     if folder.is_dir() and any(folder.iterdir()) and not is_unfinished(folder):
-        raise ValueError(f'out={str(folder)!r} is not empty; give a new folder, or go on with --resume '
-                         f'{folder}')
+        hint = f', or go on with --resume {shell_words(folder)}' if is_training_run(folder) else ''
+        raise ValueError(f'out={str(folder)!r} is not empty; give a new folder{hint}')
     parent = next(p for p in folder.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(folder if folder.exists() else parent, os.W_OK):
+    if not parent.is_dir() or not can_write(folder if folder.exists() else parent):
         raise ValueError(f'out={str(folder)!r}: {parent} is not a folder that can be written to')
     return folder
 

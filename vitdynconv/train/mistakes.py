@@ -78,6 +78,7 @@ def draw_matrix(
     axes.set_xticks(places, classes, rotation=90)
     axes.set_yticks(places, classes)
 
+# %% ../../nbs/train/15_mistakes.ipynb #f00fab97
 def draw_worst(
     part,           # of a figure
     worst: list,    # loss, true class, guess, picture: a tensor of each

@@ -86,6 +86,7 @@ class StepMemory:
         "Images that fit into so many bytes, an even number."
         return max(0, int((available * (1 - RESERVED) - self.fixed) / self.per_image) // 2 * 2)
 
+# %% ../../nbs/train/17_plan.ipynb #a5dfda58
 def step_memory(
     model,   # on the meta device
     recipe,  # `Recipe`
@@ -124,6 +125,7 @@ def decoding_speed(
     for number in range(count): data[0, number]      # the random numbers of epoch 0
     return count / (time.perf_counter() - start)
 
+# %% ../../nbs/train/17_plan.ipynb #af41b55e
 def planned_images(recipe, data: str, reader='') -> PlannedImages:
     "What a run would train on."
     if not data and recipe.name != 'digits': return PlannedImages(IMAGENET_IMAGES, recipe.num_classes or 1000)
@@ -153,6 +155,7 @@ class RunCost:
     images_per_second: float
     cores: int  # that decode
 
+# %% ../../nbs/train/17_plan.ipynb #d891a93b
 def run_cost(
     recipe,
     images: PlannedImages,
@@ -213,6 +216,7 @@ def plan_of(
     parts = [size_words(recipe, model, gmacs), table, batch_words(recipe, memory, gpus)]
     return '\n'.join([*parts, time_words(run_cost(recipe, images, gmacs, gpus), recipe, images, gpus)])
 
+# %% ../../nbs/train/17_plan.ipynb #0bee4c77
 def size_words(recipe, model, gmacs: float) -> str:
     "The network, in one line."
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6

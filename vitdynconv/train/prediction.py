@@ -76,9 +76,11 @@ def load_run(
 ) -> LoadedRun:
     """A trained network with its transform and its class names. ValueError if there is none, or if it is
     damaged."""
-    from vitdynconv.train.evaluate import model_with_weights, read_weights
-    path = weights_file(path)
+    from vitdynconv.train.evaluate import check_own_weights, model_with_weights, read_weights
+    folder = path
+    path = weights_file(folder)
     recipe, tensors, record = read_weights(path, weights)
+    check_own_weights(folder, path, recipe)
     model = model_with_weights(recipe, tensors, path)
     classes = record.get('classes') or [str(number) for number in range(model.num_classes)]
     return LoadedRun(model, transform_of(recipe, record), list(classes), recipe, record, str(path))
@@ -99,6 +101,7 @@ def paths_in(
 ) -> list:    # paths
     "The pictures in a folder and below it, or the one picture. ValueError if there are none."
     from vitdynconv.data.folders import is_image, visible_files
+    if not str(place): raise ValueError('a path is empty: give pictures or folders of pictures')
     place = Path(place)
     if place.is_file(): return [place]
     if not place.is_dir(): raise ValueError(f'{place} does not exist: give pictures or folders of pictures')
@@ -132,6 +135,7 @@ def opened(
         with Image.open(source) as picture: return transform(picture)
     except UNREADABLE: return None
 
+# %% ../../nbs/train/12_prediction.ipynb #f84d2c6c
 def as_run(
     run,  # `LoadedRun`, path of one, or a timm model
 ) -> LoadedRun:
@@ -188,11 +192,12 @@ def predict(
     complain_unreadable(unreadable, len(found))
     return said
 
+# %% ../../nbs/train/12_prediction.ipynb #cf9cc70a
 def complain_unreadable(unreadable: list, total: int):
     "Count what was left out; ValueError if that is everything."
     if not unreadable: return
     words = f'{len(unreadable)} of {total} pictures cannot be read, {unreadable[0]} for one'
-    if len(unreadable) == total: raise ValueError(words)
+    if len(unreadable) == total: raise ValueError(f'{words}: give pictures, such as JPEG or PNG')
     warnings.warn(f'{words}: left out', stacklevel=3)
 
 # %% ../../nbs/train/12_prediction.ipynb #022cf104
@@ -206,6 +211,7 @@ def prediction_rows(said: list) -> list:
         rows.append(row)
     return rows
 
+# %% ../../nbs/train/12_prediction.ipynb #ba539544
 @command
 def vdc_predict(
     images: list[str],     # pictures, or folders of pictures

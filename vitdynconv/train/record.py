@@ -45,7 +45,7 @@ def record_of(
         in_chans=len(dls.train_ds.mean),
         mean=[float(value) for value in dls.train_ds.mean],
         std=[float(value) for value in dls.train_ds.std],
-        **{name: images[name] for name in ('input_size', 'interpolation', 'crop_pct')},
+        **{name: images.get(name) for name in ('input_size', 'interpolation', 'crop_pct', 'own_size')},
         fingerprint=data_fingerprint(dls),
         command=command,
         version=__version__)
@@ -73,7 +73,9 @@ def data_changes(
     "Everything in which the data differ from those of the run."
     if not record.get('fingerprint'): return []
     from vitdynconv.data import data_fingerprint, fingerprint_differences
-    return fingerprint_differences(record['fingerprint'], data_fingerprint(dls))
+    try: return fingerprint_differences(record['fingerprint'], data_fingerprint(dls))
+    except (KeyError, TypeError, AttributeError):
+        return ['what was written down of them is of another version, or damaged, and cannot be compared']
 
 def check_classes(
     record: dict,
@@ -82,6 +84,8 @@ def check_classes(
 ):
     "ValueError if the classes of the data are not those that the weights know."
     classes = record.get('classes')
+    if classes and not isinstance(classes, list):
+        raise ValueError(f'{path}: the names of its classes are damaged: {classes!r} is no list')
     said = class_changes(classes, [str(name) for name in dls.vocab]) if classes else ''
     if said: raise ValueError(f'{path}: {said}; give the data that the weights were trained for')
 

@@ -27,17 +27,19 @@ class Check:
 
 def between(low, high=math.inf) -> Check:
     "Numbers from `low` to `high`, both included."
-    words = f'at least {low:g}' if high == math.inf else f'from {low:g} to {high:g}'
+    words = f'at least {low:g}' if high == math.inf else f'from {low:g} to {high:.10g}'
     return Check(lambda value: low <= value <= high, words)
 
-def above(low) -> Check:
-    "Finite numbers above `low`."
-    return Check(lambda value: low < value < math.inf, f'above {low:g}')
+def above(low, high=math.inf) -> Check:
+    "Finite numbers above `low`, up to `high`."
+    limit = '' if high == math.inf else f', up to {high:g}'
+    return Check(lambda value: low < value <= high and value < math.inf, f'above {low:g}{limit}')
 
 def one_of(*values) -> Check:
     "One of `values`."
     return Check(lambda value: value in values, 'one of ' + ', '.join(map(repr, values)))
 
+# %% ../../nbs/train/00_settings.ipynb #536b9a7c
 def sizes() -> Check:
     "A whole number of at least 1, or a list of them, one for each stage."
     def valid(value):
@@ -148,7 +150,10 @@ class TextSettings(ChangeableSettings):
         **values,     # field -> value, or text to be read
     ):                # a changed copy, checked
         "A copy with some fields changed, their values read from text."
-        for word in shlex.split(' '.join(words)):
+        text = ' '.join(words)
+        try: changes = shlex.split(text)
+        except ValueError as error: raise ValueError(f'{text!r} cannot be read: {error}; close the quotes') from None
+        for word in changes:
             name, equals, value = word.partition('=')
             if not equals: raise ValueError(f'{word!r} is not a change: write field=value, such as epochs=3')
             values[name] = value
