@@ -23,13 +23,25 @@ def code_blocks(name):
 
 def road():
     "The five commands of the page about pictures."
-    block, = [block for block in code_blocks("pictures") if "vdc_train --data" in block]
+    block = next(block for block in code_blocks("pictures") if "vdc_train --data" in block)
     return block.strip().splitlines()
 
 
 def test_the_road_has_five_short_commands():
     assert [line.split()[0] for line in road()] == ["vdc_train", "vdc_eval", "vdc_predict", "vdc_export", "vdc_train"]
     assert all(len(line) < 80 for line in road())
+
+
+def test_the_command_for_pretrained_weights_works(tmp_path):
+    "As printed, with a network that comes with the library in the place of DeiT-S, and smaller batches."
+    write_pictures(tmp_path/"pictures")
+    block, = [block for block in code_blocks("pictures") if "--recipe finetune" in block]
+    name, *words = shlex.split(block.replace("\\\n", " "))
+    words = ["4" if word == "32" else "2" if word == "10" else word for word in words]
+    smaller = "--model vdc_vit_fashion --img_size 28 --in_chans 1 --workers 0".split()
+    code, out, errors = run(tmp_path, *words, *smaller, command=name)
+    assert code == 0, errors
+    assert "recipe finetune: vdc_vit_fashion, activation softmax" in out and (tmp_path/"RUN/best.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def shape_of(w) -> tuple:
 # %% ../../nbs/models/06_surgery.ipynb #sur1se1
 @dataclass
 class Settings:
-    "What `convert` shall exchange. The defaults leave everything as the model has it."
+    "What `convert` shall exchange. The defaults make what timm has: softmax, a pair of kernels, position as it is."
     # a name in `ACTIVATIONS`, or a module, of which every block gets a copy
     activation: str | nn.Module = 'softmax'
     kernel: str = 'pair'                    # 'pair', or 'depthwise' for Eq. 5, which has no activation
