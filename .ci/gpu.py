@@ -59,7 +59,7 @@ def kernels():
 def core(amp):
     "The suite `core` of the benchmark."
     from vitdynconv.suites import core, models
-    from vitdynconv.bench import Setting
+    from vitdynconv.timing import Setting
     if not GPU: core.LENGTHS = (49,)
     return [vars(row) for row in core.core_rows(Setting(DEVICE, 4 if GPU else .01, amp=amp))]
 
@@ -67,7 +67,7 @@ def core(amp):
 def model(compiled):
     "The suite `model` of the benchmark, with AMP."
     from vitdynconv.suites import core, models
-    from vitdynconv.bench import Setting
+    from vitdynconv.timing import Setting
     setting = Setting(DEVICE, 2 if GPU else .01, batch=64 if GPU else 1, amp=True, compiled=compiled and GPU)
     bases = ("swin_t",) if compiled or not GPU else ("deit_s", "swin_t")  # compiling takes most of the time
     return [vars(row) for row in models.model_rows(setting, bases)]
