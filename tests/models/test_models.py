@@ -238,6 +238,22 @@ def test_onnx_runs_with_another_batch_size(make, tmp_path):
     assert_equal(torch.from_numpy(out), model(x).detach(), tol=1e-5)
 
 
+@pytest.mark.parametrize('name, settings', [('deit_tiny_patch16_224', dict(activation='scaling_relu')), ('deit_tiny_patch16_224', dict(activation='ln', pos='rel')), ('deit_tiny_patch16_224', dict(activation='ln_relu')),
+                                            ('dconv_deit_tiny_patch16_224', {}), ('convnext_atto', dict(activation='ln', selection='all'))], ids=str)
+def test_the_legacy_exporter_of_onnx(name, settings, tmp_path):
+    "It knows fewer operators than torch has: no `mT`."
+    runtime = pytest.importorskip('onnxruntime')
+    torch.manual_seed(0)
+    body = dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), img_size=64) if 'convnext' in name else dict(embed_dim=24, depth=2, num_heads=3, patch_size=8, img_size=32)
+    model = create_model(name, num_classes=5, **body, **settings).eval()
+    x, other = (torch.randn(b, 3, body['img_size'], body['img_size']) for b in (2, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.onnx.export(model, x, tmp_path/'model.onnx', dynamo=False, input_names=['x'], dynamic_axes=dict(x={0: 'batch'}))
+    out, = runtime.InferenceSession(tmp_path/'model.onnx').run(None, {'x': other.numpy()})
+    assert_equal(torch.from_numpy(out), model(other).detach(), tol=1e-5)
+
+
 # Weights
 
 def test_weights_of_the_base_and_of_the_finished_model(tmp_path):

@@ -1,13 +1,17 @@
 "Weights from files, at any size: everything is kept but the head, and nothing is lost without a word."
 import copy
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vitdynconv.layers.equivalence import attention
+from vitdynconv.models.commands import vdc_convert
 from vitdynconv.models.registry import create_model
 from vitdynconv.models.surgery import convert, to_timm
 from vitdynconv.models.systems import exchange
@@ -93,6 +97,24 @@ def test_other_channels_and_a_headless_file(name, body, settings, tmp_path):
     assert_kept(grey, old)
 
 
+@every_finished
+def test_the_order_of_weights_in_a_file_does_not_matter(name, body, settings, tmp_path):
+    "A safetensors file has an order of its own, so the first kernel in it need not be the one that meets the image."
+    old = stirred(built(name, body, settings))
+    weights = {n: w.clone() for n, w in old.state_dict().items()}
+    save_file(weights, tmp_path/'old.safetensors')
+    torch.save(dict(reversed(weights.items())), tmp_path/'backwards.pth')
+    for file in 'old.safetensors', 'backwards.pth':
+        new = create_model(name, img_size=SMALL[kind(name)], checkpoint=tmp_path/file, **body | settings).eval()
+        assert_equal(new(images(name, SMALL)), old(images(name, SMALL)), tol=1e-6)
+
+
+def test_the_stem_of_a_base_file_is_found_by_its_name(tmp_path):
+    base = timm.create_model('convnext_atto', num_classes=7, in_chans=2, **CONVNEXT)
+    save_file({n: w.clone() for n, w in base.state_dict().items()}, tmp_path/'base.safetensors')
+    assert torch.equal(timm_model('convnext_atto', checkpoint=tmp_path/'base.safetensors', **CONVNEXT).stem[0].weight, base.stem[0].weight)
+
+
 @pytest.mark.parametrize('channels', [1, 2, 5])
 def test_other_channels_than_three_answer_alike_to_equal_ones(channels, tmp_path):
     "A picture whose channels are all equal looks the same to a stem of five channels and to one of fewer."
@@ -145,6 +167,38 @@ def test_a_file_that_fits_nothing_is_refused_and_says_why(tmp_path):
         with pytest.raises(ValueError, match=f'does not fit.*{reason}'): built(DEIT, VIT, settings, checkpoint=tmp_path/file, num_classes=2)
     with pytest.raises(ValueError, match='does not fit.*24'): built(DEIT, VIT | dict(embed_dim=48), dict(activation='ln', pos='rel'), checkpoint=tmp_path/'old.pth')
     with pytest.raises(ValueError, match='does not fit'): convert_file(DEIT, {}, str(tmp_path/'old.pth'), out=str(tmp_path/'new.safetensors'))
+
+
+@pytest.mark.parametrize('name', [DEIT, f'vdc_{DEIT}', f'vdc_dconv_{DEIT}', f'vdc_{SWIN_T}', 'vdc_convnext_atto', 'vdc_pyramid_tiny'])
+def test_the_command_refuses_any_misfit_in_one_line(name, tmp_path, capsys):
+    "A name of ours is known without an import of the registry, and no file ends in a traceback."
+    vit = timm.create_model('vit_tiny_patch16_224', depth=1).state_dict()
+    files = dict(other={'fc.weight': torch.zeros(2, 2)}, part={n: w for n, w in vit.items() if 'mlp' not in n}, scalar=vit | {'head.weight': torch.tensor(1.), 'norm.weight': torch.tensor(1.)},
+                 flat=vit | {'patch_embed.proj.weight': vit['patch_embed.proj.weight'][0]}, names=['a', 'b'], nothing={})
+    for file, state in files.items(): torch.save(state, tmp_path/f'{file}.pth')
+    (tmp_path/'empty.pth').write_bytes(b'')
+    (tmp_path/'garbage.safetensors').write_bytes(b'no safetensors at all')
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(SystemExit) as end: vdc_convert(name, checkpoint=str(path), out=str(tmp_path/'new.safetensors'))
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and path.name in said and said.count('\n') == 1 and 'unknown model' not in said, said
+    assert not (tmp_path/'new.safetensors').exists()
+
+
+def test_the_command_knows_our_names_in_a_fresh_process(tmp_path):
+    torch.save(stirred(timm.create_model('convnext_atto', **CONVNEXT)).state_dict(), tmp_path/'old.pth')
+    code = f"from vitdynconv.models.weights import timm_model; m = timm_model('vdc_convnext_atto', checkpoint={str(tmp_path/'old.pth')!r}, **{CONVNEXT}); print(type(m).__name__)"
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('name, body, settings', [(DEIT, VIT, dict(activation='ln_relu', pos='rel')), (f'dconv_{DEIT}', VIT, {}), (SWIN_T, SWIN, dict(kernel='depthwise'))], ids=['deit', 'dconv', 'swin'])
+def test_a_file_of_the_base_in_timms_overlay(name, body, settings, tmp_path):
+    base = timm.create_model(name.removeprefix('dconv_'), img_size=SMALL[kind(name)], num_classes=7, **body)
+    torch.save(base.state_dict(), tmp_path/'base.pth')
+    new = timm.create_model(f'vdc_{name}', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path/'base.pth')), img_size=SMALL[kind(name)], num_classes=7, **body, **settings)
+    for n, w in base.state_dict().items():
+        if 'mlp' in n or 'head' in n or 'patch_embed' in n: assert torch.equal(new.state_dict()[n], w), n
 
 
 def test_a_base_file_of_which_weights_are_missing_is_refused_with_any_head(tmp_path):

@@ -28,14 +28,14 @@ def linear_attention(
     "`(scale * Q K') V` as `Q (scale * K'V)`: cost linear in the number of tokens (Figure 5)."
     dtype = v.dtype
     q, k, v = in_float32(q, k, v)
-    summary = (k.mT @ v) * scale         # (..., d, e)
+    summary = (k.transpose(-2, -1) @ v) * scale         # (..., d, e)
     return (q @ summary).to(dtype)
 
 # %% ../../nbs/fast/01_closed_form.ipynb #0610c3a3
 def row_statistics(q: Tensor, k: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
     "Keys less their mean, (..., m, d), and one over the deviation of each row of `Q K'`, (..., n, 1)."
     k = k - k.mean(-2, keepdim=True)
-    covariance = k.mT @ k / k.shape[-2]                      # (..., d, d)
+    covariance = k.transpose(-2, -1) @ k / k.shape[-2]                      # (..., d, d)
     variance = ((q @ covariance) * q).sum(-1, keepdim=True)  # (..., n, 1)
     return k, (variance.clamp(min=0) + eps).rsqrt()
 
@@ -53,7 +53,7 @@ def layernorm_attention(
     q, k, v = in_float32(q, k, v)
     k, inverse_deviation = row_statistics(q, k, eps)
     weighted = v if weight is None else v * weight.to(v.dtype).unsqueeze(-1)
-    y = (q @ (k.mT @ weighted)) * inverse_deviation
+    y = (q @ (k.transpose(-2, -1) @ weighted)) * inverse_deviation
     if shift is not None: y = y + (shift.to(v.dtype) @ v).unsqueeze(-2)
     return y.to(dtype)
 

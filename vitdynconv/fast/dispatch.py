@@ -131,7 +131,7 @@ def by_rows(q, k, v, act: nn.Module, kind: str, bias: Tensor | None, mask: Tenso
             stored: bool) -> Tensor:
     "Whole rows in tiles, or all stored, (b, h, n, e); bias and mask have four axes."
     weights, params = row_weights(act, kind, mask is not None)
-    if stored: return weights(q @ k.mT, bias, mask, *params).to(v.dtype) @ v
+    if stored: return weights(q @ k.transpose(-2, -1), bias, mask, *params).to(v.dtype) @ v
     flat = [t.flatten(0, 1) for t in (q, k, v)]
     return Tiled.apply(*flat, bias, mask, weights, 1., 1., q.shape[1], *params).unflatten(0, q.shape[:2])
 

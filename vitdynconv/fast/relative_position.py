@@ -38,7 +38,7 @@ def bias_product(
     if bias.ndim != 3 or len(bias) == 1: return bias @ v
     if len(bias) == h: return bias @ v if recorded() else apart(bias @ side_by_side(v), b, d)
     channels = v.permute(1, 3, 0, 2).reshape(h * d, b, m)              # images as rows
-    return (channels @ bias.mT).unflatten(0, (h, d)).permute(2, 0, 3, 1)
+    return (channels @ bias.transpose(-2, -1)).unflatten(0, (h, d)).permute(2, 0, 3, 1)
 
 # %% ../../nbs/fast/03_relative_position.ipynb #863b4abb
 def position_by_matrix(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -111,13 +111,13 @@ def position_by_fourier(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tens
 def position_by_fft(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:
     "`B V` by Fourier transforms along both axes, in float32 at least."
     height, width = grid
-    x, kernel = in_float32(v.mT.unflatten(3, grid), table.T)           # (b, h, d, H, W), (c, offsets)
+    x, kernel = in_float32(v.transpose(-2, -1).unflatten(3, grid), table.T) # (b, h, d, H, W), (c, offsets)
     kernel = kernel.to(x.dtype).unflatten(1, (2 * height - 1, 2 * width - 1))
     kernel = kernel.unflatten(0, (v.shape[1], -1))                     # (h, 1 or d, 2H-1, 2W-1)
     kernel = F.pad(kernel, (0, 1, 0, 1)).roll((1 - height, 1 - width), (-2, -1))
     waves = torch.fft.fft(torch.fft.rfft(x, n=2 * width), n=2 * height, dim=-2)
     y = torch.fft.ifft(waves * torch.fft.rfft2(kernel), dim=-2)[..., :height, :]
-    return torch.fft.irfft(y, n=2 * width)[..., :width].flatten(3).mT.to(v.dtype)
+    return torch.fft.irfft(y, n=2 * width)[..., :width].flatten(3).transpose(-2, -1).to(v.dtype)
 
 # %% ../../nbs/fast/03_relative_position.ipynb #8398b972
 def position_by_convolution(v: Tensor, table: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -318,8 +318,8 @@ def forward(self: ConvMixer, x: Tensor, attn_mask: Tensor | None = None, is_caus
     mask says."""
     if attn_mask is not None or is_causal:
         raise ValueError('a convolution cannot take a mask; use a model with attention for masked images')
-    tokens = self.value(x).mT.unflatten(2, self.live_grid or self.grid_size)   # (b, dim, H, W)
-    return self.proj_drop(self.proj(self.conv(tokens).flatten(2).mT))
+    tokens = self.value(x).transpose(-2, -1).unflatten(2, self.live_grid or self.grid_size) # (b, dim, H, W)
+    return self.proj_drop(self.proj(self.conv(tokens).flatten(2).transpose(-2, -1)))
 
 # %% ../../nbs/models/01_adapter.ipynb #sys02pu
 @patch

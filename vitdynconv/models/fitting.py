@@ -121,6 +121,7 @@ def with_shape(
     model: nn.Module, # that it is for
 ) -> Tensor:          # with the shape of `like`, if that can be done
     "Adapt a first convolution or a position embedding."
+    if weight.ndim != like.ndim: return weight
     if name == first_convolution(model):
         weight = with_channels(weight, like.shape[1])
         return weight if weight.shape == like.shape else resample_patch_embed(weight, list(like.shape[2:]))

@@ -231,7 +231,7 @@ def forward_intermediates(self: PyramidTransformer,
         x = self.run_stage(i, x)
         if i not in take: continue
         y = self.norm(x) if norm and i == len(self.stages) - 1 else x
-        maps.append(y.mT.unflatten(2, grids[i]).contiguous() if output_fmt == 'NCHW' else y)
+        maps.append(y.transpose(-2, -1).unflatten(2, grids[i]).contiguous() if output_fmt == 'NCHW' else y)
     if intermediates_only: return maps
     return (self.norm(x) if i == len(self.stages) - 1 else x), maps
 

@@ -122,6 +122,7 @@ def build_entry(
     checkpoint = checkpoint or (file if pretrained else None)
     if checkpoint:
         own_weights = pretrained = False
+        source = {}                # the file is the only source
         kwargs = {n: size for n, size in sizes_in(read_weights(checkpoint)).items() if size} | kwargs
     make = partial(assemble, base, operation, pretrained and not own_weights, checkpoint, **source)
     return build_model_with_cfg(make, name, pretrained and own_weights,

@@ -33,7 +33,7 @@ class MapMixer(nn.Module):
         grid = tuple(x.shape[2:])
         built_for = getattr(self.mixer, 'grid_size', None)
         if built_for is not None: self.mixer.live_grid = None if grid == built_for else grid
-        return self.mixer(x.flatten(2).mT).mT.unflatten(2, grid)
+        return self.mixer(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, grid)
 
 # %% ../../../nbs/models/adapters/02_convnext.ipynb #bb014ex
 def size_after(
