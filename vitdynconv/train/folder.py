@@ -33,10 +33,12 @@ def is_unfinished(
 def check_out(
     folder,   # where the run shall be
     data='',  # that it trains on
+    reader='',# of the data; what is not a tree of folders minds no folder within
 ) -> Path:
     "Raise ValueError if `folder` cannot become a new run; writes nothing."
     folder = Path(folder)
-    if data and Path(data).is_dir() and folder.resolve().is_relative_to(Path(data).resolve()):
+    tree = data if data and not reader and Path(data).is_dir() else ''
+    if tree and folder.resolve().is_relative_to(Path(tree).resolve()):
         raise ValueError(f'out={str(folder)!r} lies in the data, {data}: its pictures would be a class; give a '
                          'folder elsewhere')
     if folder.is_file(): raise ValueError(f'out={str(folder)!r} is a file; give a new folder')

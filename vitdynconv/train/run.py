@@ -160,7 +160,7 @@ def prepare_new(fields: dict, options: dict) -> tuple:
     data = absolute_data(options['data'], options['reader'])
     refuse_ignored(fields, options, recipe)
     run = dict(data=data, reader=options['reader'], command=repeating_command(fields, options))
-    return recipe, check_out(options['out'], options['data']), run, None
+    return recipe, check_out(options['out'], options['data'], options['reader']), run, None
 
 IGNORED = ('interpolation', 'crop_pct', 'rand_augment', 'repeated_aug', 'random_erasing', 'color_jitter')
 
@@ -226,7 +226,8 @@ def prepare_branch(fields: dict, options: dict) -> tuple:
         raise ValueError(f'{path} does not say where its data are: vdc_train writes checkpoints that do')
     if options['data']: run = run | dict(data=absolute_data(options['data'], run['reader']))
     command = f'{repeating_command(fields, options)} --resume {shell_words(path)}'
-    return recipe, check_out(options['out'], run['data']), run | dict(command=command), checkpoint
+    out = check_out(options['out'], run['data'], run['reader'])
+    return recipe, out, run | dict(command=command), checkpoint
 
 # %% ../../nbs/train/10_run.ipynb #runprepa
 def prepare(
