@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant("road", "export not compared", "train/export.py", "if not largest <= TOLERANCE", "if False and not largest <= TOLERANCE", "commands/test_practitioner.py differs_is_not"),
     Mutant("road", "export without the names of its classes", "train/export.py", "config = dict(label_names=run.classes, ", "config = dict(", "commands/test_practitioner.py same_logits or names_its_classes"),
     Mutant("road", "sizes not in the fingerprint", "data/fingerprint.py", "{name.partition(\"/\")[2]}\\t{size}", "{name.partition(\"/\")[2]}\\t", "commands/test_practitioner.py fingerprint"),
-    Mutant("road", "a run in its own data", "train/folder.py", "if data and Path(data).is_dir() and", "if False and", "commands/test_practitioner.py users_type"),
+    Mutant("road", "a run in its own data", "train/folder.py", "if tree and folder", "if False and folder", "commands/test_practitioner.py users_type"),
     Mutant("road", "a folder with one's own files begun afresh", "train/folder.py", "or not all(name.startswith(START_FILES) for name in names)", "or False", "commands/test_practitioner.py begun"),
     Mutant("road", "folders of pictures written into", "tools/files.py", "and not (is_own and is_own(path))", "and False", "commands/test_practitioner.py somebody"),
     Mutant("road", "option given twice", "tools/cli.py", "if flags.count(flag) > 1:", "if False:", "commands/test_practitioner.py users_type"),

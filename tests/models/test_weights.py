@@ -4,6 +4,8 @@ import subprocess
 import sys
 from functools import partial
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -186,10 +188,9 @@ def test_the_command_refuses_any_misfit_in_one_line(name, tmp_path, capsys):
 
 
 def test_the_command_knows_our_names_in_a_fresh_process(tmp_path):
-    torch.save(stirred(timm.create_model('convnext_atto', **CONVNEXT)).state_dict(), tmp_path/'old.pth')
-    code = f"from vitdynconv.models.weights import timm_model; m = timm_model('vdc_convnext_atto', checkpoint={str(tmp_path/'old.pth')!r}, **{CONVNEXT}); print(type(m).__name__)"
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ['--model', 'vdc_deit_tiny_patch16_224', '--out', tmp_path/'new.safetensors']
+    done = subprocess.run([Path(sys.executable).parent/'vdc_convert', *words], capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path/'new.safetensors').exists(), done.stderr
 
 
 @pytest.mark.parametrize('name, body, settings', [(DEIT, VIT, dict(activation='ln_relu', pos='rel')), (f'dconv_{DEIT}', VIT, {}), (SWIN_T, SWIN, dict(kernel='depthwise'))], ids=['deit', 'dconv', 'swin'])

@@ -39,6 +39,7 @@ def vdc_convert(
         token = dict(yes=True, no=False).get(class_token)
         settings = dict(activation=activation, kernel=kernel, pos=pos or None, class_token=token,
                         pos_per=pos_per, selection=selection or None)
+        import vitdynconv.models.registry  # enters the names of this library
         from vitdynconv.models.weights import convert_file
         new = convert_file(model, settings, checkpoint, pretrained, out)
         rows = [w._asdict() | dict(shape='x'.join(map(str, w.shape))) for w in new.conversion.weights]

@@ -84,7 +84,6 @@ def timm_model(
     """A model of timm's with its weights. ValueError for an unknown name, with close ones, or a file that
     does not fit; ConnectionError if nothing could be downloaded."""
     arch = name.partition('.')[0]
-    if arch.startswith('vdc_'): import vitdynconv.models.registry  # enters our names; it imports this module
     if not timm.is_model(arch):
         raise ValueError(f'unknown model {name!r}; did you mean {" or ".join(close_names(arch))}?')
     if checkpoint: return timm_model_from_file(name, checkpoint, **kwargs)
