@@ -26,7 +26,7 @@ from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_weights, vdc_eval
 from vitdynconv.train.logbook import wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
-from vitdynconv.train.ending import earlier_checkpoint, lower_rate_command
+from vitdynconv.train.ending import Terminated, earlier_checkpoint, last_line, lower_rate_command
 from vitdynconv.train.build import recipe_dls, recipe_model, weights_images
 from vitdynconv.train.folder import check_out, open_run
 from vitdynconv.train.run import choose_recipe, vdc_train
@@ -215,6 +215,15 @@ def test_the_hint_of_several_processes_starts_several(tmp_path, monkeypatch):
     for epoch, words in (0, f'--recipe vdc_train.json --out {tmp_path}/RUN'), (4, f'--resume {tmp_path}/RUN/last.ckpt --out {tmp_path}/RUN_lower'):
         torch.save(dict(format=FORMAT, epoch=epoch), tmp_path/'RUN/last.ckpt')
         assert lower_rate_command(tmp_path/'RUN') == f'{start} {words} --lr 0.0002'
+
+
+def test_a_run_without_a_checkpoint_promises_none(tmp_path):
+    (tmp_path/'run.json').write_text('{}')
+    RECIPES['digits'].save(tmp_path/'recipe.json')
+    for error in Terminated(), KeyboardInterrupt():
+        assert 'last.ckpt' not in last_line(error, tmp_path)[0] and f'go on with: vdc_train --resume {tmp_path}' in last_line(error, tmp_path)[0]
+    (tmp_path/'last.ckpt').touch()
+    assert 'last.ckpt holds the finished epochs' in last_line(Terminated(), tmp_path)[0]
 
 
 def test_the_hint_leads_out_of_a_nan(tmp_path, capsys):

@@ -124,7 +124,8 @@ def last_line(
         return f'{error.reason}; a lower rate may help: {lower_rate_command(folder)}', 1
     begun = is_training_run(folder)
     go_on = f'go on with: {resume_command(folder)}' if begun else 'nothing was written'
-    kept = f'{folder/"last.ckpt"} holds the finished epochs; ' if begun else ''
+    saved = begun and (folder/'last.ckpt').exists()
+    kept = f'{folder/"last.ckpt"} holds the finished epochs; ' if saved else ''
     if isinstance(error, RunStopped): return f'{error.reason}; {go_on}', 1
     if isinstance(error, Terminated): return f'terminated; {kept}{go_on}', 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt): return f'interrupted; {kept}{go_on}', 130
