@@ -140,8 +140,10 @@ def test_a_hub_export_names_its_classes(home, tmp_path):
 
 def test_an_export_that_differs_is_not_written(home, tmp_path, monkeypatch, capsys):
     from vitdynconv.train import export
-    monkeypatch.setattr(export, "torch_program", lambda run: torch.export.export(torch.nn.Flatten(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)))
-    with pytest.raises((SystemExit, RuntimeError)): vdc_export(run=str(home/"RUN"), format="torch", out=str(tmp_path/"out.pt2"))
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3))
+    program = torch.export.export(other, (torch.zeros(2, 3, 16, 16),), dynamic_shapes={"input": {0: torch.export.Dim("batch", min=1)}})
+    monkeypatch.setattr(export, "torch_program", lambda run: program)
+    assert "differs from the original" in line(capsys, vdc_export, run=str(home/"RUN"), format="torch", out=str(tmp_path/"out.pt2"))
     assert not list(tmp_path.iterdir())
 
 
@@ -227,6 +229,27 @@ def test_two_writers(copied, capsys):
         assert f"process {os.getpid()} on {socket.gethostname()}" in line(capsys, vdc_train, **arguments)
     lock.release()
     assert not (copied/LOCK).exists()
+
+
+@pytest.mark.parametrize("arguments", [dict(plan="quick"), dict(weights=True)], ids=["study", "weights"])
+def test_two_studies_on_one_folder(tmp_path, capsys, arguments):
+    from vitdynconv.study.plan import PLANS, open_study
+    (tmp_path/"STUDY").mkdir()
+    if "plan" in arguments: open_study(PLANS["quick"], tmp_path/"STUDY")
+    lock = RunLock(tmp_path/"STUDY")
+    before = sorted(tmp_path.rglob("*"))
+    assert f"STUDY is being written by process {os.getpid()}" in line(capsys, vdc_study, out=str(tmp_path/"STUDY"), **arguments)
+    assert sorted(tmp_path.rglob("*")) == before
+    lock.release()
+
+
+@pytest.mark.parametrize("reader", ["wds", "hfds"])
+def test_a_reader_of_another_kind_of_data_is_answered_in_one_line(home, capfd, reader):
+    "What its library says meanwhile stays unsaid."
+    with pytest.raises(SystemExit) as end: vdc_train(data=str(home/"pictures"), reader=reader, out="NEW")
+    out, errors = capfd.readouterr()
+    assert end.value.code == 2 and not out and errors.count("\n") == 1, (out, errors)
+    assert f"reader '{reader}' cannot open split" in errors and f"of '{home/'pictures'}'" in errors
 
 
 def test_the_fingerprint_sees_a_replaced_picture(copied, capsys):

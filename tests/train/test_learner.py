@@ -171,6 +171,10 @@ def test_the_log_tells_zero_from_unknown(monkeypatch, capsys):
         monkeypatch.setattr(log, 'measures', lambda: dict(images_per_second=1., data_wait=0., gradient_norm=norm, peak_memory=1.))
         log.write()
         assert words in capsys.readouterr().out
+    monkeypatch.setattr(log, 'write', lambda: steps.append(log.learn.iter + 1))
+    log.learn.logger, log.learn.n_iter, log.every, steps = print, 40, 20, []
+    for log.learn.iter in range(40): log.after_batch()
+    assert steps == [20], 'the last step has the line of its epoch'
     assert 0.01 < peak_memory(torch.device('cpu')) < 1000
     monkeypatch.setitem(sys.modules, 'resource', None)  # as on Windows
     assert math.isnan(peak_memory(torch.device('cpu')))

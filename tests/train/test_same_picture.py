@@ -81,11 +81,11 @@ def write_pictures(root, mode, sizes):
             Image.fromarray(pixels).convert(mode).save(root/name/f"{number}.png")
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("RGB", 3), ("RGB", 1)])
 @pytest.mark.parametrize("size", [9, 16, 29, 36])
-def test_pictures_in_folders(tmp_path, size, mode):
+def test_pictures_in_folders(tmp_path, size, mode, channels):
     write_pictures(tmp_path/"pictures", mode, [(20, 31), (40, 17), (64, 64), (9, 90), (33, 28)])
-    recipe = RECIPES["pictures"].replace(img_size=size, in_chans=len(mode), batch_size=2, workers=0, crop_pct=.7, interpolation="bilinear")
+    recipe = RECIPES["pictures"].replace(img_size=size, in_chans=channels, batch_size=2, workers=0, crop_pct=.7, interpolation="bilinear")
     seen, transform, record, dls = seen_in_training(recipe, str(tmp_path/"pictures"))
     names = [dls.valid.dataset.source.reader[index][0] for index in range(len(seen))]
     assert near(torch.stack([transform(Image.open(name)) for name in names]), seen)

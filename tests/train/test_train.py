@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -19,13 +20,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from vitdynconv.train.checkpoint import CheckpointError, Checkpoints, RunStopped, load_checkpoint, save_weights
+from vitdynconv.train.checkpoint import FORMAT, CheckpointError, Checkpoints, RunStopped, load_checkpoint, save_weights
 from vitdynconv.data import imagenet_dls
 from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_weights, vdc_eval
 from vitdynconv.train.logbook import wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
-from vitdynconv.train.ending import earlier_checkpoint, lower_rate_command
+from vitdynconv.train.ending import Terminated, earlier_checkpoint, last_line, lower_rate_command
 from vitdynconv.train.build import recipe_dls, recipe_model, weights_images
 from vitdynconv.train.folder import check_out, open_run
 from vitdynconv.train.run import choose_recipe, vdc_train
@@ -72,7 +73,13 @@ def test_a_run_is_a_folder_that_explains_itself(digits_run):
     assert np.asarray(Image.open(folder/'curves.png').convert('L')).std() > 5, 'the curves are empty'
     assert [row['epoch'] for row in rows_of(folder)] == ['1', '2', '3']
     assert set(rows_of(folder)[0]) >= {'train_loss', 'valid_loss', 'accuracy', 'lr', 'seconds', 'images_per_second', 'data_wait', 'gradient_norm', 'peak_memory'}
-    assert 'images/s, waiting for data' in out and 'gradient norm' in out and 'peak memory' in out
+
+
+def test_an_epoch_is_one_plain_line(digits_run):
+    "Step lines are for epochs with more steps than --log-every."
+    out = digits_run[1]
+    assert 'step ' not in out and [line.split()[0] for line in out.splitlines() if re.match(r' +\d', line)] == ['1', '2', '3']
+    assert len(out.splitlines()) == 3 + 1 + 3 + 1, out          # headline, names, epochs, end
 
 
 def test_tensorboard_gets_the_same_rows(digits_run):
@@ -197,6 +204,26 @@ def test_a_folder_that_went_away_stops_the_run(tmp_path):
     learn, _ = run_learner(RECIPES['digits'].replace(epochs=2), tmp_path/'RUN', dict(data='', reader=''))
     shutil.rmtree(tmp_path/'RUN')
     with pytest.raises(RunStopped, match='none was written yet'): learn.fit()
+
+
+def test_the_hint_of_several_processes_starts_several(tmp_path, monkeypatch):
+    for name, value in dict(WORLD_SIZE='8', LOCAL_WORLD_SIZE='4').items(): monkeypatch.setenv(name, value)
+    (tmp_path/'RUN').mkdir()
+    RECIPES['digits'].save(tmp_path/'RUN/recipe.json')
+    (tmp_path/'RUN/run.json').write_text('{"command": "vdc_train --recipe vdc_train.json --lr 3"}')
+    start = 'torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 4 -m vitdynconv.train.run'
+    for epoch, words in (0, f'--recipe vdc_train.json --out {tmp_path}/RUN'), (4, f'--resume {tmp_path}/RUN/last.ckpt --out {tmp_path}/RUN_lower'):
+        torch.save(dict(format=FORMAT, epoch=epoch), tmp_path/'RUN/last.ckpt')
+        assert lower_rate_command(tmp_path/'RUN') == f'{start} {words} --lr 0.0002'
+
+
+def test_a_run_without_a_checkpoint_promises_none(tmp_path):
+    (tmp_path/'run.json').write_text('{}')
+    RECIPES['digits'].save(tmp_path/'recipe.json')
+    for error in Terminated(), KeyboardInterrupt():
+        assert 'last.ckpt' not in last_line(error, tmp_path)[0] and f'go on with: vdc_train --resume {tmp_path}' in last_line(error, tmp_path)[0]
+    (tmp_path/'last.ckpt').touch()
+    assert 'last.ckpt holds the finished epochs' in last_line(Terminated(), tmp_path)[0]
 
 
 def test_the_hint_leads_out_of_a_nan(tmp_path, capsys):

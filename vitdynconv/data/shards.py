@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['READERS', 'STREAMS', 'devkit_labels', 'label_flat_split', 'class_numbers', 'class_names', 'drop_hidden', 'in_hidden',
-           'open_place', 'open_named', 'open_picture', 'SkipCounter', 'ImageStream', 'StreamLoader', 'shards_of',
-           'share_stream', 'stream_problems', 'sharing_problems', 'vocabulary', 'check_streams', 'stream_loader',
-           'stream_dls']
+           'open_place', 'without_remarks', 'open_named', 'open_picture', 'SkipCounter', 'ImageStream', 'StreamLoader',
+           'shards_of', 'share_stream', 'stream_problems', 'sharing_problems', 'vocabulary', 'check_streams',
+           'stream_loader', 'stream_dls']
 
 # %% ../../nbs/data/06_shards.ipynb #sx2
 import io
 import logging
+import sys
 import tarfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import copy
 from pathlib import Path
 import numpy as np
@@ -111,6 +113,17 @@ def open_place(
 # %% ../../nbs/data/06_shards.ipynb #sh3op1x
 READERS = ('hfds', 'hfids', 'tfds', 'torch', 'wds')
 
+# %% ../../nbs/data/06_shards.ipynb #sh3quiet
+@contextmanager
+def without_remarks():
+    "Keep what other libraries say while they open data to themselves; on a terminal their bars stay."
+    before = logging.root.manager.disable
+    stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(stderr): yield
+    finally: logging.disable(before)
+
 # %% ../../nbs/data/06_shards.ipynb #sh3op2x
 def open_named(
     root,            # folder or name of the data set
@@ -120,7 +133,7 @@ def open_named(
     options: dict,   # of timm's `create_dataset`: class_map, input_key, target_key, num_samples, ...
 ):                   # timm data set without a transform
     "Open one split with a reader of timm's; what goes wrong is a ValueError of one line."
-    options, name = dict(options), reader.split('/')[0]
+    options, name, place = dict(options), reader.split('/')[0], str(root)
     if name not in READERS:
         raise ValueError(f"reader={reader!r} is not known: choose '' for folders and tars, "
                          f'or one of {", ".join(READERS)}')
@@ -128,12 +141,14 @@ def open_named(
     if reader in ('hfds', 'hfids'): root, reader = options.pop('cache_dir', None), f'{reader}/{root}'
     if reader == 'wds': reader = 'wds/'
     root = root and str(root)
-    try: dataset = create_dataset(reader, root=root, split=split, is_training=training, **options)
+    try:
+        with without_remarks():
+            dataset = create_dataset(reader, root=root, split=split, is_training=training, **options)
     except ImportError as error:
         raise ValueError(f'reader {name!r} needs a package: {error}') from error
-    except (AssertionError, LookupError, OSError, RuntimeError, TypeError) as error:
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'reader {name!r} cannot open split {split!r} of {root!r}: {reason}') from error
+        raise ValueError(f'reader {name!r} cannot open split {split!r} of {place!r}: {reason}') from error
     if hasattr(dataset, 'loader'): dataset.loader = open_picture  # torchvision's folders
     return dataset
 

@@ -58,12 +58,12 @@ class Measures(Callback):
 
 # %% ../../nbs/train/05_logbook.ipynb #4fb3bccb
 class StepLog(Measures):
-    """Every `every` steps, and at the last, a line with speed, waiting, learning rate, gradient norm and
-    memory."""
+    """Every `every` steps within an epoch a line with speed, waiting, learning rate, gradient norm and memory;
+    none at its last step, which the epoch's own line follows."""
     def __init__(self, every=50): store_attr()
     def after_batch(self):
         step = self.learn.iter + 1
-        due = step % self.every == 0 or step == self.learn.n_iter
+        due = step % self.every == 0 and step < self.learn.n_iter
         if due and self.learn.logger is not noop: self.write()
     def write(self):
         m = self.measures()

@@ -305,7 +305,7 @@ def vdc_train(
     set: str = '',        # fields of the recipe in one option: 'weight_decay=0.1 ema=yes'
     reader: str = '',     # timm reader: '' for folders and tars, hfds/NAME, wds/NAME, tfds/NAME
     log: str = '',        # tensorboard, wandb, or both with a comma
-    log_every: int = 50,  # steps between log lines
+    log_every: int = 50,  # steps between lines within an epoch, which has a line of its own
     timeout: int = 600,   # seconds to wait for another process before the run ends with an error
     changed_data: bool = False, # with --resume: go on although the data have changed
     plan: bool = False,   # train nothing: print memory, steps, cores and GPU hours of the run
