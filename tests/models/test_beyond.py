@@ -375,7 +375,7 @@ def test_the_study_asks_about_networks_that_it_has():
         assert network.build(0).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
-@pytest.mark.parametrize("gap, said", [(.1, "confirmed"), (-.1, "refuted"), (0., "not visible")])
+@pytest.mark.parametrize("gap, said", [(.1, "confirmed"), (-.1, "contradicted"), (0., "not visible")])
 def test_answers_follow_the_rule(gap, said):
     import pandas as pd
     noise = {1: .01, 2: -.01, 3: .005}

@@ -123,6 +123,7 @@ def launch_settings(q: Tensor) -> dict:
     block = 32 if columns * q.element_size() > 256 else 64
     return dict(B=block, D=columns, PRECISION=precision, num_warps=4, num_stages=2)
 
+# %% ../../nbs/fast/05_triton.ipynb #b0ed9bba
 class ReLUAttention(torch.autograd.Function):
     "`gain * relu(factor * Q K' + shift) V` for contiguous (heads, n or m, d), (heads, n) and (m,) or None."
     @staticmethod

@@ -71,13 +71,19 @@ def large_attention(
     bias = reference.bias_of(state, grid, prefix)
     b, h, n, d = q.shape
     near = [taps_at(i, grid, prefix, size) for i in range(n)]
-    logits = np.stack([sum(np.einsum('bhd,bhmd->bhm', q[:, :, p], K[:, :, :, t]) for t, p in near[i])
-                       for i in range(n)], 2)
+    rows = []
+    for i in range(n):
+        taps = [np.einsum('bhd,bhmd->bhm', q[:, :, p], K[:, :, :, t]) for t, p in near[i]]
+        rows.append(sum(taps))
+    logits = np.stack(rows, 2)
     logits = logits / d ** .5 + (0 if bias is None else bias)
     weights = np.exp(logits - logits.max(3, keepdims=True))
     weights = weights / weights.sum(3, keepdims=True)
-    y = np.stack([sum(np.einsum('bhm,bhmd->bhd', weights[:, :, p], V[:, :, :, t]) for t, p in near[i])
-                  for i in range(n)], 2)
+    rows = []
+    for i in range(n):
+        taps = [np.einsum('bhm,bhmd->bhd', weights[:, :, p], V[:, :, :, t]) for t, p in near[i]]
+        rows.append(sum(taps))
+    y = np.stack(rows, 2)
     return reference.linear(reference.join_heads(y), state, 'proj')
 
 # %% ../../nbs/framework/07_beyond.ipynb #29132c97

@@ -62,13 +62,10 @@ class Rule(NamedTuple):
 # %% ../../nbs/framework/03_space.ipynb #6aabf285
 RULES: list[Rule] = []
 
-def rule(reason: str) -> Callable:
-    "Decorator: enter a function of a specification into the rules. The reason becomes its docstring."
-    def enter(excludes):
-        excludes.__doc__ = reason
-        RULES.append(Rule(excludes.__name__, reason, excludes))
-        return excludes
-    return enter
+def rule(excludes: Callable) -> Callable:
+    "Decorator: enter a function of a specification into the rules. Its docstring is the reason."
+    RULES.append(Rule(excludes.__name__, ' '.join(excludes.__doc__.split()), excludes))
+    return excludes
 
 # %% ../../nbs/framework/03_space.ipynb #spanswer
 def looks_at_answers(
@@ -78,47 +75,56 @@ def looks_at_answers(
     return getattr(SELECTIONS.get(selection), 'looks_at_answers', False)
 
 # %% ../../nbs/framework/03_space.ipynb #ddded696
-@rule('kernels are selected from a bank: without a bank there is nothing to select, and with one there must '
-      'be a rule')
+@rule
 def selection_without_bank(spec: KernelSpec) -> bool:
+    """kernels are selected from a bank: without a bank there is nothing to select, and
+    with one there must be a rule"""
     return (spec.bank == 'none') != (spec.selection == 'none')
 
-@rule('the N kernels of a pair are those of N positions, and a position without a bank has only its own')
+@rule
 def pair_without_bank(spec: KernelSpec) -> bool:
+    "the N kernels of a pair are those of N positions, and a position without a bank has only its own"
     return spec.bank == 'none' and spec.kernel_type == 'pair'
 
-@rule('static kernels that no image mixes are an ordinary static convolution: the image has no say in it')
+@rule
 def static_and_hard(spec: KernelSpec) -> bool:
+    "static kernels that no image mixes are an ordinary static convolution: the image has no say in it"
     return spec.bank == 'static' and spec.selection != 'soft'
 
-@rule('two mixed static convolutions with an activation between them are two mixers (static, soft, dense), '
-      'not one')
+@rule
 def static_pair(spec: KernelSpec) -> bool:
+    """two mixed static convolutions with an activation between them are two mixers
+    (static, soft, dense), not one"""
     return spec.bank == 'static' and spec.kernel_type == 'pair'
 
-@rule('an activation stands between the two convolutions of a pair, and nowhere else')
+@rule
 def activation_without_pair(spec: KernelSpec) -> bool:
+    "an activation stands between the two convolutions of a pair, and nowhere else"
     return (spec.kernel_type == 'pair') != (spec.activation is not None)
 
 # %% ../../nbs/framework/03_space.ipynb #8741adbf
-@rule('a relative bias belongs to a position and the position of a kernel, and these kernels come from no '
-      'other position')
+@rule
 def bias_without_dynamic_bank(spec: KernelSpec) -> bool:
+    """a relative bias belongs to a position and the position of a kernel, and these
+    kernels come from no other position"""
     return spec.position == 'rel' and spec.bank != 'dynamic'
 
-@rule('a relative bias belongs to a position and the position of a kernel, and a mixture of kernels has no '
-      'position')
+@rule
 def bias_of_mixtures(spec: KernelSpec) -> bool:
+    """a relative bias belongs to a position and the position of a kernel, and a mixture
+    of kernels has no position"""
     return spec.position == 'rel' and spec.selection == 'soft'
 
-@rule('the kernels were merged into one before they meet the map: no single kernel has a weight to which a '
-      'bias could be added')
+@rule
 def bias_of_dense(spec: KernelSpec) -> bool:
+    """the kernels were merged into one before they meet the map: no single kernel has a
+    weight to which a bias could be added"""
     return spec.position == 'rel' and spec.kernel_type == 'dense'
 
-@rule('the best kernels are found by their answers, and dense kernels, merged before they meet the map, '
-      'give no answers of their own')
+@rule
 def best_of_merged(spec: KernelSpec) -> bool:
+    """the best kernels are found by their answers, and dense kernels, merged before
+    they meet the map, give no answers of their own"""
     return spec.kernel_type == 'dense' and looks_at_answers(spec.selection)
 
 # %% ../../nbs/framework/03_space.ipynb #6b75080a

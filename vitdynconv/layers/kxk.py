@@ -219,6 +219,7 @@ def near_queries(self: KernelAttention2d,
     q = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)
     return self.strided_rows(Neighbors((h, w), self.kernel_size).read(q), h, w)
 
+# %% ../../nbs/layers/11_kxk.ipynb #8ab8f7ee
 @patch
 def bias_and_mask(self: KernelAttention2d,
     q: Tensor,      # (b, heads, n', d * taps) queries of neighborhoods

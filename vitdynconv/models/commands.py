@@ -153,6 +153,7 @@ def check_request(
     if input_size is not None and input_size < 1:
         raise ValueError(f'--input_size {input_size} is no image; give a side above 0')
 
+# %% ../../nbs/models/13_commands.ipynb #28944c3c
 def table_rows() -> list[dict]:
     "Table 3."
     from vitdynconv.models.formulas import table3

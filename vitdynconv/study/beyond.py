@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIT', 'SWIN', 'CONVNEXT', 'PYRAMID', 'MIXERS', 'POSITIONS', 'PYRAMIDS', 'ALONE', 'CONVNEXTS', 'SELECTIONS',
-           'QUESTIONS', 'NETWORKS', 'T95', 'Network', 'vit', 'Question', 'file_of', 'train_network', 'train_networks',
+           'QUESTIONS', 'NETWORKS', 'Network', 'vit', 'Question', 'file_of', 'train_network', 'train_networks',
            'read_networks', 'answer']
 
 # %% ../../nbs/study/06_beyond.ipynb #39bc49b5
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from ..data import cluttered_digits_dls
 from ..models.registry import create_model
+from .measures import interval
 from .runs import DIGITS_BODIES
 from ..tools.files import replacing
 from ..train.learner import create_learner
@@ -36,8 +37,7 @@ class Network:
 VIT, SWIN = dict(DIGITS_BODIES['vit'][1]), dict(DIGITS_BODIES['swin'][1])
 CONVNEXT = dict(dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), patch_size=2, img_size=32)
 PYRAMID = dict(embed_dims=(32, 48, 64), depths=(1, 1, 2), num_heads=(2, 3, 4), strides=(1, 2, 2),
-               patch_size=2,
-               img_size=32, mlp_ratio=2.)
+               patch_size=2, img_size=32, mlp_ratio=2.)
 MIXERS = {name: VIT[name]
           for name in ('img_size', 'patch_size', 'embed_dim', 'num_heads', 'depth', 'mlp_ratio')}
 MIXERS['match_size'] = MIXERS['img_size']
@@ -157,24 +157,20 @@ def read_networks(
     return pd.concat(map(pd.read_csv, files), ignore_index=True)
 
 # %% ../../nbs/study/06_beyond.ipynb #5b2d7a84
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}   # Student's t for 95%, by the number of differences
-
 def answer(
     question: Question,
     runs: pd.DataFrame,  # of `read_networks`
-) -> str:                # 'not yet trained', or the difference with its interval and what follows
-    "What the runs say to a prediction."
+) -> str:                # 'not yet trained', or the difference with its interval and the verdict
+    "What the runs say to a prediction, by the rule of the study: 95% by Student's t over paired seeds."
     last = pd.DataFrame(columns=['network', 'seed', 'accuracy'])
     if len(runs): last = runs[runs.epoch == runs.epochs]
     by_seed = last.pivot_table(index='seed', columns='network', values='accuracy')
     missing = [title for title in (question.better, question.worse) if title not in by_seed]
     if missing: return f'not yet trained: {", ".join(missing)}'
-    differences = (by_seed[question.better] - by_seed[question.worse]).dropna()
-    if len(differences) not in T95: return f'{len(differences)} seeds: too few, or more than 5, to judge'
-    half = T95[len(differences)] * differences.std() / len(differences) ** .5
-    mean = differences.mean()
+    differences = (by_seed[question.better] - by_seed[question.worse]).dropna().tolist()
+    if len(differences) < 2: return f'{len(differences)} paired seeds: too few to judge'
+    mean, low, high = interval([100 * each for each in differences])
     said = 'not visible'
-    if mean - half > 0: said = 'confirmed'
-    if mean + half < 0: said = 'refuted'
-    return (f'{100 * mean:+.1f} points, interval {100 * (mean - half):+.1f} to '
-            f'{100 * (mean + half):+.1f}: {said}')
+    if low > 0: said = 'confirmed'
+    if high < 0: said = 'contradicted'
+    return f'{mean:+.1f} points, interval {low:+.1f} to {high:+.1f}: {said}'

@@ -14,7 +14,7 @@ from ..train.record import RunLock
 # %% ../../nbs/study/01_command.ipynb #c21bc944
 @command(go_on='finished runs are kept: the same command goes on')
 def vdc_study(
-    plan: str = '',     # 'full'; 'main', its first twelve rows; 'digits'; 'quick', for a taste; left out: full
+    plan: str = '',     # 'full'; 'main', its first thirteen rows; 'digits'; 'quick', for a taste; left out: full
     out: str = 'study', # folder for tables and curves; a study that it holds goes on
     workers: int = 0,   # runs at once, each on one core; 0: as many as there are cores
     weights: bool = False, # instead of a study, train the networks that come with the library, into `out`

@@ -8,7 +8,6 @@ __all__ = ['THRESHOLDS', 'MARGIN', 'SIGNS', 'epochs_to', 'area', 'measure_run', 
 
 # %% ../../nbs/study/03_measures.ipynb #a812b92e
 import dataclasses
-import math
 from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
@@ -88,8 +87,7 @@ def interval(
     n = len(values)
     if n < 2: raise ValueError(f'{n} value has no confidence interval; give two or more')
     mean = sum(values) / n
-    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
-    half = stats.t.ppf(0.5 + level / 2, n - 1) * math.sqrt(variance / n)
+    half = stats.t.ppf(0.5 + level / 2, n - 1) * stats.sem(values)  # `t.interval` gives nan for equal values
     return mean, mean - half, mean + half
 
 def paired(

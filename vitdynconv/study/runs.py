@@ -85,6 +85,7 @@ def study_dls(
     size = body_of(row.base, plan.data)[1]['img_size']
     return fashion_dls(None, recipe.batch_size, recipe.seed, size=size, shift=0, flip=0., held_out=held_out)
 
+# %% ../../nbs/study/02_runs.ipynb #ff20a7ae
 MEASURED = 'train_loss', 'valid_loss', 'accuracy', 'seconds'
 
 def train_run(
@@ -237,6 +238,7 @@ def extended(
     further = trials_so_far(plan, job.row, out)[1]
     return [further, *waiting] if further else waiting
 
+# %% ../../nbs/study/02_runs.ipynb #8a3af473
 def run_jobs(
     plan: Plan,
     out,           # folder of the study
@@ -289,6 +291,7 @@ def write_curves(
     with replacing(file) as draft:
         figure.savefig(draft, format='png', dpi=90, bbox_inches='tight')
 
+# %% ../../nbs/study/02_runs.ipynb #764ca254
 def write_study(
     plan: Plan,
     out,             # folder of the study

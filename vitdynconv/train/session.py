@@ -133,7 +133,8 @@ def run_learner(
     branch=False,     # begin a new run from the checkpoint of another one
 ) -> tuple:           # (learner, epoch to start at)
     "Model, data and learner of a run, with all that watches over it. Makes the folder of a new run last."
-    processes = rank, world, device = start_processes(timeout)
+    processes = start_processes(timeout)
+    rank, world, device = processes
     check_shard(recipe, world, checkpoint)
     recipe, model, dls, found = network_and_data(recipe, folder, run, checkpoint, changed_data, processes)
     record = new_record(recipe, dls, run) | dict(command=run.get('command', ''))

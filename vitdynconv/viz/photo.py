@@ -92,6 +92,7 @@ class PhotoMixer(nn.Module):
         self.block.out.weight.mul_((x * out).sum() / (out * out).sum())
         return self
 
+# %% ../../nbs/viz/02_photo.ipynb #00bde0d0
 def set_diagonal(
     conv: nn.Conv2d, # 1x1, as many outputs as inputs
     values: Tensor,  # (D,)
