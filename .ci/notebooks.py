@@ -54,6 +54,16 @@ def hide_places(nb):
                 if kind.startswith("text/"): output["data"][kind] = renamed(value)
 
 
+def number_tables(nb):
+    "pandas draws a name for each styled table: they are numbered, so that running a page again changes nothing."
+    numbers = {}
+    def numbered(found): return f"T_{numbers.setdefault(found[0], len(numbers)):05}"
+    for cell in nb["cells"]:
+        for output in cell.get("outputs", []):
+            page = output.get("data", {}).get("text/html")
+            if page: output["data"]["text/html"] = [re.sub(r"\bT_[0-9a-f]{5}(?=[_\"\s])", numbered, part) for part in page]
+
+
 def run_one(path):
     "Run a notebook from a clean kernel; flagged cells keep the outputs they have."
     import nbformat
@@ -70,6 +80,7 @@ def run_one(path):
     nb = json.loads(nbformat.writes(nb))
     nb["metadata"].pop("widgets", None)  # sliders without a kernel; the client needs their state only while it runs
     hide_places(nb)
+    number_tables(nb)
     clean_nb(nb)
     write(path, nb2str(nb))
 

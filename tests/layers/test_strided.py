@@ -12,6 +12,8 @@ import torch
 import numpy_reference as ref
 import reference_checks as checks
 from vitdynconv.fast import dynamic_conv_attention
+from vitdynconv.framework import reference as numpy_mixers
+from vitdynconv.framework.beyond import kernels_with_taps, taps_at
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.layers.selection import SELECTIONS
@@ -55,6 +57,29 @@ def test_stride_one_is_the_unstrided_module(settings):
     ours.load_state_dict(full.state_dict())
     x = torch.from_numpy(checks.random(2, 20, 6))
     assert torch.equal(ours(x), full(x))
+
+
+@pytest.mark.parametrize("pos", [None, "rel"])
+@pytest.mark.parametrize("size, stride", [(3, 2), (5, 2), (3, 3)])
+def test_large_kernels_with_a_stride_by_loops(size, stride, pos):
+    "Queries are read around the positions that stay; the second convolution slides over the coarse map."
+    coarse = tuple(coarse_grid(GRID, stride))
+
+    def reference(x, state):
+        q, K, V = kernels_with_taps(x, state, 2, 2, size)
+        bias = numpy_mixers.bias_of(state, GRID, 0)
+        weights = []
+        for i in kept(GRID, stride, 0):
+            logits = sum(np.einsum("bhd,bhmd->bhm", q[:, :, p], K[:, :, :, t]) for t, p in taps_at(i, GRID, 0, size)) / 3 ** .5
+            if bias is not None: logits = logits + bias[:, i]
+            weights.append(np.exp(logits) / np.exp(logits).sum(2, keepdims=True))
+        rows = []
+        for i in range(math.prod(coarse)):
+            rows.append(sum(np.einsum("bhm,bhmd->bhd", weights[p], V[:, :, :, t]) for t, p in taps_at(i, coarse, 0, size)))
+        return numpy_mixers.linear(numpy_mixers.join_heads(np.stack(rows, 2)), state, "proj")
+
+    module = strided(stride=stride, kernel_size=size, pos=pos, out_dim=10)
+    checks.check_module(module, reference, x=checks.random(2, math.prod(GRID), 6))
 
 
 @pytest.mark.parametrize("rule", SELECTIONS)

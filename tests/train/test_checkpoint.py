@@ -7,7 +7,7 @@ from fastai.basics import Callback
 from test_learner import digits_learner
 
 from vitdynconv.train.session import finish
-from vitdynconv.train.checkpoint import Checkpoints, best_epochs, keep_best, load_checkpoint, restore, score
+from vitdynconv.train.checkpoint import CheckpointError, Checkpoints, best_epochs, keep_best, load_checkpoint, restore, score
 
 
 def history(*accuracies, ema=None):
@@ -149,3 +149,9 @@ def test_a_restored_learner_ends_with_the_same_bits(tmp_path):
         assert all(torch.equal(moments[name], b['optimizer']['state'][key][name]) for name in moments)
     strip = lambda rows: [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
     assert strip(a['history']) == strip(b['history'])
+
+
+def test_a_text_file_is_answered_in_words(tmp_path):
+    (tmp_path/'note.txt').write_text('hi\n')
+    with pytest.raises(CheckpointError, match=r'note.txt is damaged, cut short or not a checkpoint \(3 bytes\): torch.save has not written it'):
+        load_checkpoint(tmp_path/'note.txt')
