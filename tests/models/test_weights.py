@@ -174,7 +174,7 @@ def test_a_map_that_is_not_square_turns_with_its_image(name, body, settings, tmp
 
 
 def test_a_file_that_does_not_say_its_grid_is_a_square_or_as_it_fits(tmp_path):
-    settings = dict(activation='ln', pos='rel')
+    settings = dict(activation='ln', pos='abs')
     old = stirred(create_model(DEIT, img_size=(48, 48), num_classes=7, **VIT, **settings))
     save_file({n: w.clone() for n, w in old.state_dict().items()}, tmp_path/'square.safetensors')
     moved = copy.deepcopy(old)

@@ -138,8 +138,12 @@ def notes_in(state, name: str) -> dict:
     metadata = getattr(state, '_metadata', {})
     return {path: entry[name] for path, entry in metadata.items() if name in entry}
 
-def with_metadata(state: dict, source, rename=str) -> dict:
-    "The tensors of `state` in a dict with the metadata of another, the modules renamed."
+def with_metadata(
+    state: dict,  # tensors
+    source,       # a state dict
+    rename=str,   # path of a module there -> path in the result
+) -> dict:        # the tensors, in a dict with the metadata of `source`
+    "Carry what a state dict notes over to another."
     new = OrderedDict(state)
     metadata = getattr(source, '_metadata', {})
     vars(new)['_metadata'] = OrderedDict((rename(path), entry) for path, entry in metadata.items())
