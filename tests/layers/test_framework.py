@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitdynconv.layers.activations import ACTIVATIONS
+from vitdynconv.layers.families.layernorm import masked_norm
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
@@ -256,6 +258,24 @@ def test_a_wrong_part_of_an_activation_turns_its_row_red(attribute, wrong, monke
     "The defaults are judged, too: the reference does not ask the object for them."
     monkeypatch.setattr(ACTIVATIONS['scaling_relu'], attribute, wrong)
     assert red() == ['scaling_relu, dynamic convs']
+
+
+def with_smaller_eps(logits, mask, eps=1e-5, right=masked_norm): return right(logits, mask, 1e-6)
+def over_all_kernels(logits, mask, eps=1e-5, right=masked_norm): return right(logits, torch.ones_like(mask), eps)
+
+
+@pytest.mark.parametrize('name, attribute, wrong', [
+    ('relu', 'f', staticmethod(F.relu6)), ('relu6', 'f', staticmethod(F.relu)), ('softplus', 'f', staticmethod(F.softplus)), ('gelu', 'f', staticmethod(lambda s: F.gelu(s, approximate='tanh'))),
+    ('scaling_relu', 'f', staticmethod(lambda s: F.leaky_relu(s, 1e-3))), ('softmax_plus_one', 'normalise', lambda act, s: F.pad(s, (0, 1), value=1.).softmax(-1)[..., :-1]),
+    ('sigmoid', 'elementwise', lambda act, s, n, bias=0.: torch.sigmoid(s * act.factor + bias - math.log(s.shape[-1]))), ('ln', None, with_smaller_eps), ('ln_relu', None, over_all_kernels)],
+    ids=lambda v: v if isinstance(v, str) else '')
+def test_an_alteration_that_shows_only_here_and_there_turns_the_row_red(name, attribute, wrong, monkeypatch):
+    "Beyond 6, beyond 20, near zero, in rows of few kernels: the proof looks there, too."
+    if attribute: monkeypatch.setattr(ACTIVATIONS[name], attribute, wrong)
+    else: monkeypatch.setattr('vitdynconv.layers.families.layernorm.masked_norm', wrong)
+    activation_rows = [proof for proof in all_proofs() if proof.computation == f'{name}, dynamic convs']
+    monkeypatch.setattr('vitdynconv.framework.proofs.all_proofs', lambda: activation_rows)
+    assert red() == [f'{name}, dynamic convs']
 
 
 @pytest.mark.parametrize('where, wrong, rows', [

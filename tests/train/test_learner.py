@@ -29,6 +29,7 @@ from vitdynconv.train.callbacks import MeanLoss, Mixing, accuracy, sum_over_proc
 from vitdynconv.train.learner import create_learner, parameter_depths, parameter_groups
 from vitdynconv.train.logbook import StepLog, peak_memory
 from vitdynconv.models.registry import create_model
+from vitdynconv.models.surgery import convert
 from vitdynconv.train.recipes import RECIPES
 
 matplotlib.use('agg')
@@ -223,7 +224,11 @@ def test_layers_and_shares_are_timms(name, decay):
 BODIES = [lambda: small_vit(), lambda: small_vit(class_token=False, global_pool='avg'),
           lambda: timm.create_model('swin_tiny_patch4_window7_224', img_size=32, patch_size=2, in_chans=1, num_classes=10, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4),
           lambda: timm.create_model('convnext_atto', in_chans=1, num_classes=10, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)),
-          lambda: create_model('vit_tiny_patch16_224', activation='ln_relu', img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2, pos='rel')]
+          lambda: create_model('vit_tiny_patch16_224', activation='ln_relu', img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2, pos='rel'),
+          lambda: create_model('pyramid_tiny', 'ln', pos='rel', embed_dims=(16, 32), depths=(1, 2), num_heads=(2, 4), strides=(1, 2), img_size=8, patch_size=2, in_chans=1, num_classes=10),
+          lambda: convert(timm.create_model('swin_tiny_patch4_window7_224', img_size=16, patch_size=2, in_chans=1, num_classes=10, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=4), kernel='depthwise', pos='abs'),
+          lambda: create_model('linformer_deit_tiny_patch16_224', img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2),
+          lambda: create_model('dconv_convnext_atto', in_chans=1, num_classes=10, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))]
 
 
 @pytest.mark.parametrize('body', range(len(BODIES)))
