@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from fastai.basics import Callback, CancelStepException, load_learner
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.hook import ActivationStats
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
 from fastai.interpret import ClassificationInterpretation, Interpretation
 import fastai.vision.learner  # teaches Interpretation to draw images
@@ -340,6 +341,18 @@ def test_a_new_optimizer_of_a_frozen_model_can_be_unfrozen():
     learn.unfreeze()
     assert all(p.requires_grad for p in learn.model.parameters())
     assert sum(len(group['params']) for group in learn.opt.opt.param_groups) == len(list(learn.model.parameters()))
+
+
+@pytest.mark.parametrize('name, settings', [('linformer_deit_tiny_patch16_224', {}), ('topk_deit_tiny_patch16_224', {}), ('deit_tiny_patch16_224', dict(kernel='depthwise', selection='topk')),
+                                            ('dconv_deit_tiny_patch16_224', {}), ('ddwconv_deit_tiny_patch16_224', {})], ids=str)
+def test_tools_of_fastai_that_look_at_every_layer(name, settings):
+    "A selection gives keys, values and a mask, of which some may be None; a layer that is looked at gives a tensor."
+    model = create_model(name, img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=16, depth=1, num_heads=2, **settings)
+    stats = ActivationStats(with_hist=False)
+    learn = digits_learner(stats, model=model)
+    assert 'Total params' in learn.summary()
+    learn.fit(1)
+    assert len(stats.stats) > 0
 
 
 def test_what_was_fixed_by_hand_stays_fixed():
