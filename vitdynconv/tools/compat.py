@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRIVATE_NAMES', 'HOOKS', 'PrivateName', 'swin_attention', 'add_position', 'forget_argument', 'private_hooks',
-           'set_hyper', 'update_schedule', 'run_epoch', 'move_batch', 'one_operation']
+           'set_hyper', 'update_schedule', 'run_epoch', 'move_batch', 'one_operation', 'watched_results']
 
 # %% ../../nbs/tools/02_compat.ipynb #compat03
 from dataclasses import dataclass
@@ -60,6 +60,9 @@ PRIVATE_NAMES = [
                 'none: `Recorder` writes them by this name'),
     PrivateName('fastai.data.core:TfmdDL._pre_show_batch', '2.8.7',
                 'decodes a batch before `show_batch` draws it', 'none'),
+    PrivateName('torch.utils._python_dispatch:TorchDispatchMode', '2.15',
+                'sees each operation, those of the backward pass included; documented, but only under this name',
+                'none: `TorchFunctionMode` does not see the backward pass'),
 ]
 
 # %% ../../nbs/tools/02_compat.ipynb #compat10
@@ -132,3 +135,18 @@ def one_operation(
         return tracer.call_module(self, whole, args, kwargs)
     cls.__call__ = call
     return register_notrace_module(cls)
+
+# %% ../../nbs/tools/02_compat.ipynb #watchre2
+def watched_results(
+    see,  # function, called with each tensor that an operation makes
+):        # context manager
+    "Look at the result of each operation, forward and backward, while the context is open."
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for each in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(each, Tensor): see(each)
+            return result
+    return Watch()
