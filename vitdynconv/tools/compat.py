@@ -61,7 +61,7 @@ PRIVATE_NAMES = [
     PrivateName('fastai.data.core:TfmdDL._pre_show_batch', '2.8.7',
                 'decodes a batch before `show_batch` draws it', 'none'),
     PrivateName('torch.utils._python_dispatch:TorchDispatchMode', '2.15',
-                'sees each operation, those of the backward pass included; documented, but only under this name',
+                'sees each operation, those of the backward pass included; documented only under this name',
                 'none: `TorchFunctionMode` does not see the backward pass'),
 ]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'read_weights', 'read_safetensors', 'stored_recipe', 'model_with_weights', 'evaluate', 'evaluation_data',
-           'evaluation_loaders', 'weights_file', 'check_own_weights', 'best_of', 'vdc_eval']
+           'evaluation_loaders', 'weights_file', 'check_own_weights', 'best_of', 'evaluated_place', 'vdc_eval']
 
 # %% ../../nbs/train/11_evaluate.ipynb #b9b34a7f
 import json as json_format
@@ -157,27 +157,37 @@ def check_own_weights(folder, file, recipe: Recipe):
                               'to it: to use it all the same, name the file')
 
 # %% ../../nbs/train/11_evaluate.ipynb #evalbest
-def best_of(folder, weights: str) -> str:
-    "The file of a run that is evaluated. ValueError if there is none."
-    return str(Path(folder)/'last.ckpt') if weights == 'ema' else str(weights_file(folder))
+def best_of(place, weights: str) -> str:
+    "The file of a run that is used, or the file that is named. ValueError if there is none."
+    if weights == 'ema' and Path(place).is_dir(): return str(Path(place)/'last.ckpt')
+    return str(weights_file(place))
+
+def evaluated_place(checkpoint: str, run: str) -> str:
+    "What `vdc_eval` shall read. ValueError where two places are given, or none."
+    if checkpoint and run:
+        raise ValueError(f'--run {run} and --checkpoint {checkpoint} are two places of weights: '
+                         'leave one out')
+    if checkpoint or run: return checkpoint or run
+    raise ValueError('give --run, the folder of a run of vdc_train, or --checkpoint, one of its .ckpt or '
+                     '.safetensors')
 
 # %% ../../nbs/train/11_evaluate.ipynb #d354002c
 @command
 def vdc_eval(
-    checkpoint: str = '',   # a .ckpt or .safetensors that vdc_train wrote, or its folder for the best weights
+    checkpoint: str = '',   # a .ckpt or .safetensors that vdc_train wrote
     data: str = '',         # validation images, as for vdc_train; left out: those of the run
     weights: str = 'model', # model, or ema for the averaged weights of a .ckpt
     batch_size: str = None, # images a step
     reader: str = '',       # timm reader
     csv: str = '',          # file for the result
     json: str = '',         # file for the result
+    run: str = '',          # instead of --checkpoint: the folder of a run, for its best weights
 ):
     "Top-1, top-5, loss and speed of a checkpoint on the validation images."
-    if not checkpoint: raise ValueError('give --checkpoint, a .ckpt or .safetensors that vdc_train wrote')
+    folder = evaluated_place(checkpoint, run)
     check_target(csv, '--csv')
     check_target(json, '--json')
-    folder = checkpoint
-    if Path(folder).is_dir(): checkpoint = best_of(folder, weights)
+    checkpoint = best_of(folder, weights)
     recipe, tensors, record = read_weights(checkpoint, weights)
     check_own_weights(folder, checkpoint, recipe)
     if batch_size: recipe = recipe.override(batch_size=batch_size)

@@ -189,7 +189,7 @@ def check_trackers(
     text,   # names with commas between
 ) -> list:  # the names
     "Names of `TRACKERS`. ValueError for one that is unknown or not installed."
-    names = [name for name in text.split(',') if name]
+    names = text.split(',') if text else []
     for name in names:
         if name not in TRACKERS: raise ValueError(f'log={name!r}: choose from {", ".join(TRACKERS)}')
         if importlib.util.find_spec(name) is None:

@@ -32,7 +32,8 @@ class LivingMemory:
         known,  # tensors that are counted elsewhere
     ):
         self.now = self.peak = 0
-        self.held = [tensor.untyped_storage() for tensor in known]  # held, so that their ids stay their own
+        # held, so that their ids stay their own
+        self.held = [tensor.untyped_storage() for tensor in known]
         self.sizes = {id(storage): 0 for storage in self.held}
 
     def see(self, tensor):
@@ -76,7 +77,8 @@ class FusedAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention: return func(*args, **kwargs)
         bias = args[3] if len(args) > 3 else kwargs.get('attn_mask')
-        if self.device == 'cpu' and bias is not None and bias.requires_grad: return func(*args, **kwargs)
+        is_learned = bias is not None and bias.requires_grad
+        if self.device == 'cpu' and is_learned: return func(*args, **kwargs)
         return AttentionMemory.apply(*args[:3], bias)
 
 # %% ../../nbs/train/17_plan.ipynb #plan0032
@@ -88,7 +90,8 @@ def step_bytes(
     "The most memory that forward and backward pass hold at once, without weights and their gradients."
     parameters = list(model.parameters())
     for parameter in parameters: parameter.grad = torch.zeros_like(parameter)
-    living = LivingMemory([*parameters, *model.buffers(), *[parameter.grad for parameter in parameters]])
+    gradients = [parameter.grad for parameter in parameters]
+    living = LivingMemory([*parameters, *model.buffers(), *gradients])
     living.see(images)
     with watched_results(living.see), FusedAttention(device): model(images).sum().backward()
     model.zero_grad()
@@ -144,12 +147,18 @@ def step_memory(
     parts = gpus if recipe.shard else 1
     weights = bytes_of(model.parameters()) / parts
     size = recipe.in_chans or 3, recipe.img_size, recipe.img_size
-    two, four = (step_bytes(model.train(), torch.empty(count, *size, device='meta'), device) for count in (2, 4))
+    try:
+        two, four = (step_bytes(model.train(), torch.empty(count, *size, device='meta'), device)
+                     for count in (2, 4))
+    except (RuntimeError, AssertionError) as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'one step with images {size} fails: {reason}') from error
     per_image = (four - two) / 2
     once = max(0., two - 2 * per_image)
     share = HALF if recipe.amp else 1.
     average = weights if recipe.ema else 0.
-    return StepMemory(weights, weights, moment_bytes(model, recipe) / parts, average, per_image * share, once * share)
+    moments = moment_bytes(model, recipe) / parts
+    return StepMemory(weights, weights, moments, average, per_image * share, once * share)
 
 # %% ../../nbs/train/17_plan.ipynb #plan0018
 IMAGENET_IMAGES = 1_281_167
@@ -294,12 +303,14 @@ def size_words(recipe, model, gmacs: float) -> str:
 def decoding_words(cost: RunCost, images: PlannedImages) -> str:
     "How many cores it takes to prepare the images in time."
     if not images.decoded: return 'nothing is decoded'
-    return f'cores to decode them: {cost.cores} ({images.decoded:.0f} images per second and core, {images.source})'
+    return (f'cores to decode them: {cost.cores} '
+            f'({images.decoded:.0f} images per second and core, {images.source})')
 
 def time_words(cost: RunCost, recipe, images: PlannedImages, gpus: Gpus) -> str:
     "Steps, hours and cores, in three lines."
     return (f'{images.count:,} training images, {images.classes} classes; '
             f'{recipe.epochs} epochs, {cost.steps:,} steps\n'
             f'GPU hours: {cost.gpu_hours:.3g}, that is {cost.hours:.3g} hours on {gpus.count} (assumed: '
-            f'{gpus.speed:g}e12 multiply-adds per second, --gpu-speed changes it; a step of {SHORTEST:g} s at least)\n'
+            f'{gpus.speed:g}e12 multiply-adds per second, --gpu-speed changes it; '
+            f'a step of {SHORTEST:g} s at least)\n'
             f'images per second: {cost.images_per_second:,.0f}; {decoding_words(cost, images)}')
