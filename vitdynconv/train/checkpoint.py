@@ -84,7 +84,7 @@ def load_checkpoint(
     except Exception as error:
         reason = re.split(r'\.\s|\n', str(error).strip())[0][:200] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError): reason = 'it holds more than tensors and plain values'
-        is_other = isinstance(error, (EOFError, LookupError)) or not any(map(str.isalpha, reason))
+        is_other = isinstance(error, (EOFError, LookupError, OSError)) or not any(map(str.isalpha, reason))
         if is_other: reason = 'torch.save has not written it'
         size = f'{path.stat().st_size:,} bytes'
         problem = f'{path} is damaged, cut short or not a checkpoint ({size}): {reason}'
