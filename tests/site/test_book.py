@@ -79,8 +79,8 @@ def test_no_page_ends_with_a_question(page):
 
 # Exercises
 
-@pytest.mark.parametrize("page", [page for page in DERIVATION if page.count("/") == 1])
-def test_each_page_of_the_derivation_ends_with_exercises(page): # those of a folder have them on the page that collects it
+@pytest.mark.parametrize("page", DERIVATION)
+def test_each_page_of_the_derivation_ends_with_exercises(page):
     "Three exercises whose solutions are folded, what one can do now, and a link to what is next."
     text = "\n\n".join(cells(page, "markdown"))
     part = text[text.index("## Exercises"):]

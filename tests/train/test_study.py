@@ -10,9 +10,9 @@ from scipy import stats
 from vitdynconv.study import plan as study_plan
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models.paper import TABLE2
-from vitdynconv.study.plan import PLANS, ROW, ROWS, Job, Plan, StudyRow, jobs_of
+from vitdynconv.study.plan import PLANS, ROW, ROWS, Job, Plan, StudyRow, jobs_of, open_study
 from vitdynconv.study.measures import Finding, area, epochs_to, interval, measure_runs, paired, verdict
-from vitdynconv.study.predictions import ACCURACY, evidence, findings, holm, judge, p_value
+from vitdynconv.study.predictions import ACCURACY, decidable, evidence, findings, holm, judge, net, p_value
 from vitdynconv.study.runs import best_rate, rate_beyond, run_study, study_model, trials_so_far
 
 COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence"
@@ -169,6 +169,29 @@ def test_every_prediction_is_about_rows_that_are_run():
     every = findings((.7, .5))
     assert {f.row for f in every} | {f.other for f in every} | {r for f in every if f.minus for r in f.minus} <= set(ROWS)
     assert len(every) == len(ACCURACY) + 24 and len({f.claim for f in every}) == len(every)
+
+
+def test_as_good_is_judged_by_the_margin_of_the_plan():
+    runs = pd.DataFrame([dict(dataclasses.asdict(row), seed=s, accuracy=88 + s / 10 + gain) for row, gain in ((ROWS[0], -2), (ROWS[1], 0)) for s in range(5)])
+    runs.loc[:4, "accuracy"] += [.01, .02, 0, .01, .02]
+    good = Finding("", "", ROWS[0], ROWS[1], "accuracy", "as good")
+    for margin, word in (3, "confirmed"), (1, "contradicted"):
+        assert judge([good], runs, margin).verdict.tolist() == [verdict(good, runs, margin)["verdict"]] == [word]
+    assert PLANS["main"].margin == PLANS["full"].margin == 1 and PLANS["digits"].margin == 3
+
+
+def test_predictions_about_networks_that_were_not_run_are_left_out():
+    swin = [net("swin", name) for name in ("softmax", "scaling")]
+    runs = pd.DataFrame([dict(dataclasses.asdict(row), seed=s, accuracy=88 + s / 10 + s * i / 100) for i, row in enumerate(swin) for s in range(3)])
+    assert [f.claim for f in decidable(ACCURACY, runs)] == evidence(runs).claim.tolist() == ["Swin with a scale alone is as good as with softmax"]
+    assert evidence(runs).p[0] == p_value(decidable(ACCURACY, runs)[0], runs), "one question, no adjustment"
+
+
+def test_another_margin_needs_no_new_run(tmp_path):
+    plan = PLANS["quick"]
+    open_study(plan, tmp_path / "study")
+    open_study(dataclasses.replace(plan, margin=.5, thresholds=(1., .5)), tmp_path / "study")
+    with pytest.raises(ValueError, match="epochs is 2 there and 3 here"): open_study(dataclasses.replace(plan, epochs=3), tmp_path / "study")
 
 
 def test_holm():

@@ -106,7 +106,7 @@ def paired(
     return (found[0] - found[1]).dropna()
 
 # %% ../../nbs/study/03_measures.ipynb #03f76868
-MARGIN = 3.0  # percentage points of accuracy that count as 'nearly as good'
+MARGIN = 3.0  # percentage points of accuracy that count as 'nearly as good' on the digits
 
 @dataclass(frozen=True)
 class Finding:
@@ -122,6 +122,7 @@ class Finding:
 def verdict(
     finding: Finding,
     runs: pd.DataFrame,  # of `measure_runs`
+    margin=MARGIN,       # points that 'as good' allows
 ) -> dict:               # mean, low, high, verdict
     "Judge a finding by its rule."
     differences = paired(runs, finding.row, finding.other, finding.what)
@@ -129,7 +130,7 @@ def verdict(
         others = paired(runs, *finding.minus, finding.what)
         differences = (differences - others).dropna()
     mean, low, high = interval(differences.tolist())
-    edge = -MARGIN if finding.expected == 'as good' else 0
+    edge = -margin if finding.expected == 'as good' else 0
     word = 'not visible'
     if low > edge: word = 'contradicted' if finding.expected == 'less' else 'confirmed'
     if high < edge: word = 'confirmed' if finding.expected == 'less' else 'contradicted'
@@ -145,6 +146,7 @@ SIGNS = {
 def draw_verdicts(
     verdicts: pd.DataFrame,  # of `verdict`, one line each, with columns 'claim' and 'expected'
     xlabel: str,             # what the differences are
+    margin=MARGIN,           # points that 'as good' allows
 ) -> Figure:
     "Intervals of paired differences, one finding below the other."
     fig, (ax,) = ink_axes(9, .9 + .27 * len(verdicts))
@@ -152,7 +154,7 @@ def draw_verdicts(
         sign = SIGNS[v.verdict]
         ax.plot([v.low, v.high], [i, i], color=sign['color'], lw=1.6)
         ax.plot(v.mean, i, ms=7, label=v.verdict, **sign)
-        if v.expected == 'as good': ax.text(-MARGIN, i, '[', color=INK, ha='center', va='center')
+        if v.expected == 'as good': ax.text(-margin, i, '[', color=INK, ha='center', va='center')
     ax.axvline(0, color=INK, lw=.8, ls=':')
     ax.spines[:].set_visible(False)
     ax.tick_params(labelsize=8, length=0)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW', 'SMALL_BODIES', 'ROWS', 'QUICK_ROWS', 'WITH_CLASS_TOKEN', 'MAIN_ROWS', 'OTHER_ROWS', 'FASHION', 'PLANS',
-           'PACKAGES', 'StudyRow', 'row_of', 'Plan', 'Job', 'trials_of', 'jobs_of', 'cores', 'describe_study',
+           'PACKAGES', 'JUDGED', 'StudyRow', 'row_of', 'Plan', 'Job', 'trials_of', 'jobs_of', 'cores', 'describe_study',
            'read_description', 'in_short', 'check_same', 'check_out_folder', 'holds_study', 'open_study']
 
 # %% ../../nbs/study/00_plan.ipynb #3aa98890
@@ -66,6 +66,7 @@ class Plan:
     data_seed: int = 2026              # of the pictures, and of which digits are held out
     data: str = 'digits'               # or 'fashion'
     thresholds: tuple = (2.0, 1.5)     # training losses whose epochs are compared
+    margin: float = 3.0                # points of accuracy that 'as good' allows
     extend: int = 0                    # how often a list of rates may grow, where its best one is at an end
 
 QUICK_ROWS = ROWS[4], ROWS[6]
@@ -76,7 +77,7 @@ MAIN_ROWS += [StudyRow('swin', each, 'pair', 'rel', False) for each in (*WITH_CL
 MAIN_ROWS += [StudyRow('vit', 'scaling', 'depthwise', 'rel', True),
               StudyRow('swin', 'scaling', 'depthwise', 'rel', False)]
 OTHER_ROWS = [row for row in ROWS if row not in MAIN_ROWS]
-FASHION = dict(epochs=8, data='fashion', thresholds=(0.5, 0.4), rates=(1e-3, 2e-3, 4e-3), extend=4)
+FASHION = dict(epochs=8, data='fashion', thresholds=(0.5, 0.4), margin=1., rates=(1e-3, 2e-3, 4e-3), extend=4)
 
 PLANS = {
     'full': Plan((*MAIN_ROWS, *OTHER_ROWS), **FASHION),
@@ -151,6 +152,8 @@ def in_short(
     if not value or not isinstance(value[0], dict): return str(value)
     return f'{len(value)} networks'
 
+JUDGED = 'thresholds', 'margin'  # read off finished runs, so that another value needs no new one
+
 def check_same(
     out: Path,      # folder that holds `found`
     found: dict,    # of `read_description`
@@ -159,7 +162,7 @@ def check_same(
     "ValueError where the study in a folder differs from the one that is wanted."
     for part, here in found.items():
         for name, value in wanted[part].items():
-            if here.get(name) == value: continue
+            if name in JUDGED or here.get(name) == value: continue
             there = in_short(here.get(name))
             raise ValueError(f'{out} holds another study: {name} is {there} there '
                              f'and {in_short(value)} here; choose another --out')
