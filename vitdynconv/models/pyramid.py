@@ -56,7 +56,7 @@ class PyramidBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         "(b, n, dim) to (b, n', out_dim)"
-        stays = self.attn.strided(x) if isinstance(self.attn, Strided) else x
+        stays = self.attn.kept(x) if isinstance(self.attn, Strided) else x
         x = self.skip(stays) + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
