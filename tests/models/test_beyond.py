@@ -13,7 +13,7 @@ from torch import nn
 from vitdynconv import convert, create_model, describe, to_timm
 from vitdynconv.models.kept import kept_kernels, share_kept, with_topk
 from vitdynconv.models.mixers import WideValues, equal_depth, nonlinearity
-from vitdynconv.study.beyond import NETWORKS, QUESTIONS, Question, answer
+from vitdynconv.study.beyond import NETWORKS, OPEN_QUESTIONS, Question, answer
 from vitdynconv.models.pyramid import PyramidTransformer, stage_grids
 from vitdynconv.framework.beyond import beyond_proofs
 from vitdynconv.layers.strided import Strided, StridedDepthwise
@@ -370,7 +370,7 @@ def test_topk_at_the_number_that_relu_keeps():
 # The study
 
 def test_the_study_asks_about_networks_that_it_has():
-    assert {title for q in QUESTIONS for title in (q.better, q.worse)} <= set(NETWORKS)
+    assert {title for q in OPEN_QUESTIONS for title in (q.better, q.worse)} <= set(NETWORKS)
     for network in NETWORKS.values():
         assert network.build(0).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 

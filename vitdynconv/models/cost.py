@@ -7,8 +7,8 @@ __all__ = ['CONVENTIONS', 'FIRST_IS_LEFT', 'SECOND_IS_LEFT', 'NORMS', 'POOLS', '
            'MAKERS', 'FREE', 'FORMS', 'Cost', 'numel', 'written', 'nothing', 'product_macs', 'attention_macs',
            'attention_acts', 'conv_macs', 'norm_macs', 'is_complex', 'fourier_macs', 'multiply_macs', 'OperatorRule',
            'operators', 'unknown', 'operator_score', 'score_inside', 'analyse', 'quiet', 'scored', 'scored_inside',
-           'merged_attention', 'computed_as', 'head_names', 'image_size', 'Count', 'count', 'measure', 'without_memory',
-           'stand_in', 'leave_out', 'total_of', 'peak_memory']
+           'merged_attention', 'computed_as', 'image_size', 'Count', 'count', 'measure', 'without_memory', 'stand_in',
+           'leave_out', 'total_of', 'peak_memory']
 
 # %% ../../nbs/models/11_cost.ipynb #e546f67c
 import copy
@@ -28,6 +28,7 @@ from torch.profiler import profile, ProfilerActivity
 from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from ..layers.equivalence import attention
+from .fitting import classifier_names
 
 # %% ../../nbs/models/11_cost.ipynb #c9913834
 CONVENTIONS = {  # name -> options of `count`
@@ -289,17 +290,6 @@ def computed_as(
     finally:
         for mixer, backend in before.items(): mixer.backend = backend
 
-# %% ../../nbs/models/11_cost.ipynb #5f3097dd
-def head_names(
-    model: nn.Module, # a timm model, or any with `get_classifier`
-) -> list[str]:       # dotted names
-    "The classifiers of a model. One that names none has none to leave out."
-    if not hasattr(model, 'get_classifier'): return []
-    head = model.get_classifier()
-    heads = ([head] if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList)
-             else list(head or ()))
-    return [name for name, m in model.named_modules() if m in heads]
-
 # %% ../../nbs/models/11_cost.ipynb #9aa3d16e
 def image_size(
     model: nn.Module,       # a timm model, unless `input_size` is given
@@ -365,7 +355,7 @@ def count(
         raise ValueError(f'the model refuses an image of {size}: {e}; build it for this size (img_size=) or '
                          'call set_input_size') from e
     if not head:
-        for name in head_names(model): leave_out(scores, name)
+        for name in classifier_names(model): leave_out(scores, name)
     modules = {}
     for name, m in model.named_modules():
         found = scores.get(name, Counter())
