@@ -121,7 +121,7 @@ MUTANTS = [
     Mutant("road", "the best guesses shown", "train/mistakes.py", "batch[0].topk(min(WORST, len(batch[0]))).indices", "batch[0].topk(min(WORST, len(batch[0])), largest=False).indices", "train/test_plan.py mistakes"),
     Mutant("road", "class names backwards", "train/prediction.py", "return LoadedRun(model, transform_of(recipe, record), list(classes)", "return LoadedRun(model, transform_of(recipe, record), list(classes)[::-1]", "commands/test_practitioner.py enough_to_predict"),
     Mutant("road", "grey pictures not made grey", "train/prediction.py", "if len(self.mean) == 1: pixels = to_grey(pixels)", "if len(self.mean) == 1: pixels = pixels[:1]", "train/test_same_picture.py folders"),
-    Mutant("road", "export not compared", "train/export.py", "if not largest <= TOLERANCE", "if False and not largest <= TOLERANCE", "commands/test_practitioner.py differs_is_not"),
+    Mutant("road", "export not compared", "train/export.py", "if not largest <= LOGIT_TOLERANCE", "if False and not largest <= LOGIT_TOLERANCE", "commands/test_practitioner.py differs_is_not"),
     Mutant("road", "export without the names of its classes", "train/export.py", "config = dict(label_names=run.classes, ", "config = dict(", "commands/test_practitioner.py same_logits or names_its_classes"),
     Mutant("road", "sizes not in the fingerprint", "data/fingerprint.py", "{name.partition(\"/\")[2]}\\t{size}", "{name.partition(\"/\")[2]}\\t", "commands/test_practitioner.py fingerprint"),
     Mutant("road", "a run in its own data", "train/folder.py", "if tree and folder", "if False and folder", "commands/test_practitioner.py users_type"),

@@ -39,7 +39,7 @@ def processor() -> str:
     facts = Path('/proc/cpuinfo')
     lines = facts.read_text().splitlines() if facts.exists() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor()
+    return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/bench.ipynb #846922bb
 def machine(device: str, label: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from vitdynconv.models.adapters.vit import DynamicConvViT
 VIT = dict(embed_dim=24, depth=3, num_heads=3, img_size=32, patch_size=8, num_classes=5)
 SWIN = dict(embed_dim=12, depths=(1, 2), num_heads=(2, 3), img_size=56, num_classes=5, drop_path_rate=0.)
 CONVNEXT = dict(dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), img_size=64, num_classes=5)
+PYRAMID = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(2, 4), strides=(1, 2), img_size=64, num_classes=5)
 DEIT, SWIN_T = 'deit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'
 ZOO = {'deit softmax': partial(create_model, DEIT, **VIT), 'deit scaling rel': partial(create_model, DEIT, 'scaling', pos='rel', **VIT),
        'deit ln_relu rel, no token': partial(create_model, DEIT, 'ln_relu', pos='rel', class_token=False, **VIT), 'deit sparsemax rel': partial(create_model, DEIT, 'sparsemax', pos='rel', **VIT),
@@ -33,6 +34,13 @@ ZOO |= {'convnext scaling rel': partial(create_model, 'convnext_atto', 'scaling'
         'convnext depthwise': partial(create_model, 'convnext_atto', kernel='depthwise', pos='rel', pos_per='channel', **CONVNEXT)}
 ZOO |= {f'{s} convnext': partial(create_model, f'{s}_convnext_atto', **CONVNEXT) for s in SYSTEMS}
 everywhere = pytest.mark.parametrize('make', ZOO.values(), ids=ZOO)
+BEYOND = {f'{kind} {body}': partial(create_model, f'{kind}_{name}', **sizes) for kind in ('k3', 'topk', 'neighborhood', 'window')
+          for body, name, sizes in [('deit', DEIT, VIT), ('swin', SWIN_T, SWIN), ('convnext', 'convnext_atto', CONVNEXT)]
+          if kind != {'convnext': 'k3', 'swin': 'window', 'deit': 'neighborhood'}[body]}   # windows and convolutions that a body has already; a class token has no neighborhood
+BEYOND |= {'pyramid': partial(create_model, 'pyramid_tiny', **PYRAMID), 'pyramid ln rel': partial(create_model, 'pyramid_tiny', 'ln', pos='rel', **PYRAMID),
+           'pyramid depthwise rel': partial(create_model, 'pyramid_tiny', kernel='depthwise', pos='rel', **PYRAMID), 'mixers': partial(create_model, 'vit_tiny_mixers_wide', num_classes=5),
+           'depthwise mixers': partial(create_model, 'vit_tiny_depthwise_mixers_wide', num_classes=5)}
+and_beyond = pytest.mark.parametrize('make', [*ZOO.values(), *BEYOND.values()], ids=[*ZOO, *BEYOND])
 pick = lambda *names: pytest.mark.parametrize('make', [ZOO[n] for n in names], ids=names)
 
 
@@ -239,13 +247,14 @@ def test_onnx_runs_with_another_batch_size(make, tmp_path):
 
 
 @pytest.mark.parametrize('name, settings', [('deit_tiny_patch16_224', dict(activation='scaling_relu')), ('deit_tiny_patch16_224', dict(activation='ln', pos='rel')), ('deit_tiny_patch16_224', dict(activation='ln_relu')),
-                                            ('dconv_deit_tiny_patch16_224', {}), ('convnext_atto', dict(activation='ln', selection='all'))], ids=str)
+                                            ('dconv_deit_tiny_patch16_224', {}), ('ddwconv_deit_tiny_patch16_224', {}), ('ddwconv_deit_tiny_patch16_224', dict(per='image')), ('ddwconv_convnext_atto', {}),
+                                            ('k3_deit_tiny_patch16_224', {}), ('topk_deit_tiny_patch16_224', {}), ('pyramid_tiny', {}), ('convnext_atto', dict(activation='ln', selection='all'))], ids=str)
 def test_the_legacy_exporter_of_onnx(name, settings, tmp_path):
-    "It knows fewer operators than torch has: no `mT`."
+    "It knows fewer operators than torch has: no `mT`, no `unfold` of unknown sizes, no stable sort; and a batch read off a shape is fixed in its graph."
     runtime = pytest.importorskip('onnxruntime')
     torch.manual_seed(0)
-    body = dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), img_size=64) if 'convnext' in name else dict(embed_dim=24, depth=2, num_heads=3, patch_size=8, img_size=32)
-    model = create_model(name, num_classes=5, **body, **settings).eval()
+    body = dict(dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), img_size=64) if 'convnext' in name else PYRAMID if 'pyramid' in name else dict(embed_dim=24, depth=2, num_heads=3, patch_size=8, img_size=32)
+    model = create_model(name, **dict(num_classes=5) | body | settings).eval()
     x, other = (torch.randn(b, 3, body['img_size'], body['img_size']) for b in (2, 5))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -332,14 +341,14 @@ def test_graphs_are_traced_as_timms():
         assert_equal(found.sum(), model.forward_intermediates(images(model), intermediates_only=True, norm=False)[-1].sum(), tol=1e-3)
 
 
-@everywhere
+@and_beyond
 def test_graphs_need_no_list_of_leaves(make):
     "`torch.fx` itself, and torchvision's `create_feature_extractor`, which knows no list of timm's."
     from torchvision.models.feature_extraction import create_feature_extractor
     model = built(make)
     x, y = images(model), model(images(model))
     assert_equal(torch.fx.symbolic_trace(model)(x), y, tol=1e-6)
-    node = next(name for name in ('stages.3', 'layers.1', 'blocks.2') if name in dict(model.named_modules()))
+    node = next(name for name in ('stages.3', 'stages.1', 'layers.1', 'blocks.2') if name in dict(model.named_modules()))
     found, = create_feature_extractor(model, [node])(x).values()
     seen = []
     model.get_submodule(node).register_forward_hook(lambda module, inputs, out: seen.append(out))
@@ -387,13 +396,15 @@ def test_other_counters_see_what_they_see_of_timms(name, sizes):
         assert quantised(ours) == quantised(theirs) == linear(theirs)[0]
 
 
-@everywhere
+@and_beyond
 def test_empty_batches(make):
     model = built(make)
     assert model(images(model)[:0]).shape == (0, 5)
+    model.train()(images(model)[:0]).sum().backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-@pick('deit ln_relu rel, no token', 'swin scaling_relu abs', 'dconv deit', 'ddwconv swin', 'linformer deit')
+@and_beyond
 def test_traces_for_any_batch(make):
     model = built(make)
     with warnings.catch_warnings():

@@ -150,6 +150,42 @@ def test_neighborhoods_that_the_smaller_map_has_no_room_for(name, body, tmp_path
     assert_kept(built(name, body, settings, LARGE, checkpoint=tmp_path/'old.pth', num_classes=3), moved)
 
 
+WIDE, TALL, TALLER = dict(deit=(32, 48), swin=(56, 112), convnext=(64, 96)), dict(deit=(48, 32), swin=(112, 56), convnext=(96, 64)), dict(deit=(72, 48), swin=(168, 56), convnext=(160, 96))
+
+
+@every_finished
+def test_a_map_that_is_not_square_turns_with_its_image(name, body, settings, tmp_path):
+    "24 places are 4 x 6 or 6 x 4: no shape tells which, so the file does."
+    old = stirred(built(name, body, settings, WIDE))
+    torch.save(old.state_dict(), tmp_path/'bare.pth')
+    torch.save({'model': old.state_dict(), 'epoch': 3}, tmp_path/'training.pth')
+    torch.save({'state_dict': nn.DataParallel(old).state_dict()}, tmp_path/'parallel.ckpt')
+    torch.save({'state_dict_ema': torch.compile(old).state_dict(), 'state_dict': None}, tmp_path/'compiled.pt')
+    timm.models.save_for_hf(old, tmp_path/'model')
+    for size in TALL, TALLER:
+        moved = copy.deepcopy(old)
+        moved.set_input_size(size[kind(name)], **same_windows(moved))
+        for file in ('bare.pth', 'training.pth', 'parallel.ckpt', 'compiled.pt') if size is TALL else ('bare.pth',):
+            assert_kept(built(name, body, settings, size, checkpoint=tmp_path/file), moved)
+        if 'convnext' in name: continue      # takes any image, so that timm publishes none of its size
+        assert_kept(timm.create_model(f'local-dir:{tmp_path/"model"}', pretrained=True, img_size=size[kind(name)]), moved)
+    again = built(name, body, settings, WIDE, checkpoint=tmp_path/'bare.pth').eval()
+    assert_equal(again(images(name, WIDE)), old(images(name, WIDE)), tol=1e-6)
+
+
+def test_a_file_that_does_not_say_its_grid_is_a_square_or_as_it_fits(tmp_path):
+    settings = dict(activation='ln', pos='abs')
+    old = stirred(create_model(DEIT, img_size=(48, 48), num_classes=7, **VIT, **settings))
+    save_file({n: w.clone() for n, w in old.state_dict().items()}, tmp_path/'square.safetensors')
+    moved = copy.deepcopy(old)
+    moved.set_input_size((64, 144))                                # 8 x 18, of the proportions of 4 x 9
+    assert_kept(create_model(DEIT, img_size=(64, 144), checkpoint=tmp_path/'square.safetensors', **VIT, **settings), moved)
+    flat = stirred(create_model(DEIT, img_size=(32, 72), num_classes=7, **VIT, **settings))
+    save_file({n: w.clone() for n, w in flat.state_dict().items()}, tmp_path/'flat.safetensors')
+    again = create_model(DEIT, img_size=(32, 72), checkpoint=tmp_path/'flat.safetensors', **VIT, **settings)
+    for n, w in flat.state_dict().items(): assert torch.equal(again.state_dict()[n], w), n
+
+
 def test_a_finished_file_in_timms_overlay_is_not_taken_for_the_bases(tmp_path):
     settings = dict(activation='ln_relu', pos='rel')
     old = stirred(built(DEIT, VIT, settings))
@@ -176,7 +212,8 @@ def test_the_command_refuses_any_misfit_in_one_line(name, tmp_path, capsys):
     "A name of ours is known without an import of the registry, and no file ends in a traceback."
     vit = timm.create_model('vit_tiny_patch16_224', depth=1).state_dict()
     files = dict(other={'fc.weight': torch.zeros(2, 2)}, part={n: w for n, w in vit.items() if 'mlp' not in n}, scalar=vit | {'head.weight': torch.tensor(1.), 'norm.weight': torch.tensor(1.)},
-                 flat=vit | {'patch_embed.proj.weight': vit['patch_embed.proj.weight'][0]}, names=['a', 'b'], nothing={})
+                 flat=vit | {'patch_embed.proj.weight': vit['patch_embed.proj.weight'][0]}, names=['a', 'b'], nothing={},
+                 list={'model': [1, 2]}, none={'state_dict': None}, word={'model': 'deit'}, inner={'model': {}}, tuple=(vit, {}), count=vit | {'epoch': 3})
     for file, state in files.items(): torch.save(state, tmp_path/f'{file}.pth')
     (tmp_path/'empty.pth').write_bytes(b'')
     (tmp_path/'garbage.safetensors').write_bytes(b'no safetensors at all')

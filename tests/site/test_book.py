@@ -79,8 +79,8 @@ def test_no_page_ends_with_a_question(page):
 
 # Exercises
 
-@pytest.mark.parametrize("page", [page for page in DERIVATION if page.count("/") == 1])
-def test_each_page_of_the_derivation_ends_with_exercises(page): # those of a folder have them on the page that collects it
+@pytest.mark.parametrize("page", DERIVATION)
+def test_each_page_of_the_derivation_ends_with_exercises(page):
     "Three exercises whose solutions are folded, what one can do now, and a link to what is next."
     text = "\n\n".join(cells(page, "markdown"))
     part = text[text.index("## Exercises"):]
@@ -114,6 +114,17 @@ def test_solutions_are_true(page, monkeypatch):
         else:
             for solution in re.findall(r"<details>.*?</details>", source, re.S):
                 for code in re.findall(r"```python\n(.*?)```", solution, re.S): exec(code, space)
+
+
+# Pictures
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_have_one_style_and_three_panels_at_most(page):
+    "Shown cells draw on the theme's sheets, which are transparent; only the start page's ten thumbnails stand in fives."
+    for source in cells(page, "code"):
+        if source.startswith("#| export"): continue
+        assert "plt.subplots(" not in source, source[:200]
+        assert max(map(int, re.findall(r"columns=(\d+)", source)), default=1) <= (5 if page == "start.ipynb" else 3), source[:200]
 
 
 # The start page

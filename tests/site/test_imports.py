@@ -103,3 +103,26 @@ for part in [None, *%r]:
     else: raise SystemExit(f'{face} has everything')
 """ % PARTS
     loaded(code)
+
+
+MIRRORED = {"attention", "depthwise_attention", "dynamic_conv", "split_heads"}   # `framework.reference` writes the definitions in NumPy
+
+
+def defined(path):
+    "The public names that a module makes at top level, methods that fastcore's patch adds left out."
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if not any("patch" in ast.unparse(mark) for mark in node.decorator_list): yield node.name
+        elif isinstance(node, ast.Assign): yield from (each.id for each in node.targets if isinstance(each, ast.Name))
+        elif isinstance(node, ast.AnnAssign): yield node.target.id
+
+
+def test_one_name_is_one_thing():
+    made = {}
+    for path in MODULES:
+        for name in defined(path):
+            if not name.startswith("_"): made.setdefault(name, []).append(name_of(path))
+    twice = {name: modules for name, modules in made.items() if len(modules) > 1}
+    assert {name for name in MIRRORED if "framework.reference" in made.get(name, [])} == MIRRORED
+    assert {name: modules for name, modules in twice.items() if name not in MIRRORED} == {}
+    assert all(len(twice[name]) == 2 for name in MIRRORED)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROOFS', 'per_position', 'per_image', 'involution', 'proof', 'vit_torch', 'vit_timm', 'swin_convs', 'swin_mask',
-           'linformer', 'dynamic_conv', 'cond_conv', 'generated_case', 'activation_case', 'activation_proofs', 'merged',
+           'linformer', 'd_conv', 'cond_conv', 'generated_case', 'activation_case', 'activation_proofs', 'merged',
            'relative', 'depthwise', 'large_kernels', 'kernels_of_one', 'selection_case', 'selection_proofs',
            'all_proofs', 'equivalence_table']
 
@@ -132,7 +132,7 @@ def linformer(dtype: torch.dtype) -> Comparison:
 
 # %% ../../nbs/framework/04_proofs.ipynb #bd506c39
 @proof('D-Conv', 'router, mixed kernel, convolution', 'NumPy, position by position')
-def dynamic_conv(dtype: torch.dtype) -> Comparison:
+def d_conv(dtype: torch.dtype) -> Comparison:
     "Four mixed kernels (arXiv 1912.03458), with stride, dilation and groups, maps (3, 8, 9, 7)."
     conv = DynamicConv2d(8, 6, 3, stride=2, padding=2, dilation=2, groups=2, temperature=2.)
     options = dict(temperature=2., stride=2, dilation=2, groups=2)

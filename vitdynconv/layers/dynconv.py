@@ -93,8 +93,8 @@ def sum_over_taps(
     windows: list,   # where each tap meets the map, from `taps`
 ) -> Tensor:         # (b, g, c / g, *out)
     "Shift, multiply, add, once for each tap."
-    y = 0
-    for tap, window in enumerate(windows): y = y + kernels[:, :, tap, None] * x[window]
+    y = x.new_zeros(())
+    for tap, window in enumerate(windows): y = torch.addcmul(y, kernels[:, :, tap, None], x[window])
     return y
 
 # %% ../../nbs/layers/10_dynconv.ipynb #localfn1
@@ -136,7 +136,7 @@ def local_conv(
     windows = taps(out, kernel_size, each(stride), each(dilation))
     x = pad_map(x, [dilation * (k // 2) for k in kernel_size], kernel_size, each(dilation))
     x = x.unflatten(1, (kernels.shape[1], -1))                        # (b, g, c / g, *padded)
-    kernels = kernels.expand(*kernels.shape[:3], *out)
+    kernels = kernels.expand(-1, -1, -1, *out)    # sizes by name would be fixed in an exported graph
     trained = torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
     if trained and not exporting(): return LocalConv.apply(x, kernels, windows).flatten(1, 2)
     return sum_over_taps(x, kernels, windows).flatten(1, 2)

@@ -82,10 +82,12 @@ def read(self: Neighbors,
     x: Tensor, # (..., n, d) tokens
 ) -> Tensor:   # (..., n, d * taps): channels slow, taps fast; zero outside the map and where there is no link
     "Give each position its neighborhood as more channels."
-    k, p = self.kernel_size, self.num_prefix_tokens
+    h, w = self.grid_size
+    p = self.num_prefix_tokens
     maps = self.padded(x[..., p:, :].unflatten(-2, self.grid_size))
-    near = maps.unfold(-3, k, 1).unfold(-3, k, 1)                    # (..., H, W, d, k, k), a view
-    near = near.flatten(-2).flatten(-4, -3)                          # (..., H * W, d, taps)
+    # slices, since not every exporter knows `unfold`
+    near = torch.stack([maps[..., i:i + h, j:j + w, :] for i, j in self.offsets()], -1)
+    near = near.flatten(-4, -3)                                      # (..., H * W, d, taps)
     if p:
         front = F.pad(x[..., :p, :].unsqueeze(-1), (self.center, self.center))
         near = torch.cat([front, near], -3)

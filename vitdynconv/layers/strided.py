@@ -75,8 +75,14 @@ def strided(self: Strided,
     t: Tensor | None, # (..., n, c), or (..., 1, c) where all queries share it
 ) -> Tensor | None:   # (..., n', c)
     "The rows of the queries that stay."
-    if t is None or t.shape[-2] == 1: return t
-    return strided_rows(t, self.live_grid or self.grid_size, self.stride, self.num_prefix_tokens)
+    return t if t is None or t.shape[-2] == 1 else self.kept(t)
+
+@patch
+def kept(self: Strided,
+    x: Tensor, # (..., n, c) tokens of the fine map
+) -> Tensor:   # (..., n', c)
+    "The tokens of the coarse map; no question is asked of the data, so that `torch.fx` can follow."
+    return strided_rows(x, self.live_grid or self.grid_size, self.stride, self.num_prefix_tokens)
 
 @patch
 def with_table(self: Strided,

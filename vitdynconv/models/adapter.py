@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from ..layers.families.softmax import Softmax
 from ..layers.attention import DynamicConvAttention
 from ..layers.takeover import copy_module, hooks_of, layer_size
-from ..tools.compat import one_operation
+from ..tools.compat import one_operation, with_notes
 from ..layers.depthwise import DepthwiseSelfAttention
 from ..layers.selections.rule import AllKernels
 
@@ -58,6 +58,12 @@ class Converted:
         theirs = super().no_weight_decay() if hasattr(super(), 'no_weight_decay') else ()
         ends = 'relative_position_bias_table', 'pos_embed'
         return set(theirs) | {n for n, _ in self.named_parameters() if n.endswith(ends)}
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        "torch's, which also says the grid of each part that has one: a row of weights has no shape."
+        state = super().state_dict(*args, **kwargs)
+        grids = {path: tuple(m.grid_size) for path, m in self.named_modules() if getattr(m, 'grid_size', None)}
+        return with_notes(state, kwargs.get('prefix', ''), grid_size=grids)
 
     def set_live_grid(self, grid: tuple[int, int]) -> None:
         "Tell the mixers the grid (H, W) of the images at hand, where sizes are dynamic."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vit_abs', 'vit_rel', 'swin_abs', 'swin_rel', 'deep_abs', 'deep_rel', 'deep_swin', 'SOFTMAX', 'RELU', 'LAYERNORM',
            'POSITION', 'ACCURACY', 'net', 'table2', 'faster_pairs', 'speed_findings', 'findings', 'holm', 'p_value',
-           'judge', 'paper_accuracies', 'evidence']
+           'judge', 'paper_accuracies', 'decidable', 'evidence']
 
 # %% ../../nbs/study/05_predictions.ipynb #pr03im
 import dataclasses
@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 from ..models.paper import TABLE2, TABLE3
 from .measures import Finding, MARGIN, paired, verdict
-from .plan import ROW, Row
+from .plan import ROW, StudyRow
 
 # %% ../../nbs/study/05_predictions.ipynb #pr06ex
 def net(
@@ -23,9 +23,9 @@ def net(
     pos='rel',        # or 'abs'
     cls=None,         # with a class token; None: as the body has it
     kernel='pair',    # or 'depthwise'
-) -> Row:
+) -> StudyRow:
     "A row of the study. A ViT has a class token unless something else is said."
-    return Row(base, activation, kernel, pos, base == 'vit' if cls is None else cls)
+    return StudyRow(base, activation, kernel, pos, base == 'vit' if cls is None else cls)
 
 vit_abs = partial(net, 'vit', pos='abs')
 vit_rel = partial(net, 'vit')
@@ -39,8 +39,8 @@ deep_swin = net('swin', 'scaling', kernel='depthwise')
 def table2(
     claim: str,        # in our words
     numbers: str,      # of the paper
-    row: Row,
-    other: Row,        # compared with
+    row: StudyRow,
+    other: StudyRow,   # compared with
     expected: str,     # 'less', 'more' or 'as good'
     minus=None,        # two more rows whose difference is taken off
 ) -> Finding:
@@ -148,55 +148,69 @@ def holm(
 
 def p_value(
     finding: Finding,
-    runs: pd.DataFrame,  # of `measure`
+    runs: pd.DataFrame,  # of `measure_runs`
+    margin=MARGIN,       # points that 'as good' allows
 ) -> float:              # two-sided, Student's t
     "How likely differences this far from the edge would be if the mean were the edge."
     differences = paired(runs, finding.row, finding.other, finding.what)
     if finding.minus: differences = (differences - paired(runs, *finding.minus, finding.what)).dropna()
-    edge = -MARGIN if finding.expected == 'as good' else 0.
+    edge = -margin if finding.expected == 'as good' else 0.
     if differences.nunique() == 1: return float(differences.iloc[0] == edge)  # without spread there is no t
     return float(stats.ttest_1samp(differences, edge).pvalue)
 
 # %% ../../nbs/study/05_predictions.ipynb #pr19ex
 def judge(
     family: list[Finding],
-    runs: pd.DataFrame,    # of `measure`
+    runs: pd.DataFrame,    # of `measure_runs`
+    margin=MARGIN,         # points that 'as good' allows
     level=.05,
 ) -> pd.DataFrame:         # one line for each finding: claim, source, what, expected, mean, low, high, p, verdict
     "Judge a family of findings by the rule, with Holm's adjustment. ValueError for a row that was not run."
-    adjusted = holm([p_value(finding, runs) for finding in family])
+    adjusted = holm([p_value(finding, runs, margin) for finding in family])
     lines = []
     for finding, p in zip(family, adjusted):
-        line = verdict(finding, runs)
+        line = verdict(finding, runs, margin)
         if p > level: line['verdict'] = 'not visible'
         lines.append(dict(claim=finding.claim, source=finding.source, what=finding.what,
                           expected=finding.expected, **line, p=p))
     return pd.DataFrame(lines)
 
 # %% ../../nbs/study/05_predictions.ipynb #pr24ex
-def paper_accuracies() -> dict[Row, float]:
+def paper_accuracies() -> dict[StudyRow, float]:
     "The paper's top-1 accuracies, in percent, for the rows of a study (Tables 2 and 3)."
     bodies = dict(deit_s='vit', swin_t='swin')
     found = {}
     for row in TABLE2:
         body = bodies[row['base']]
-        found[Row(body, row['activation'], 'pair', row['pos'], row['class_token'])] = row['top1']
+        found[StudyRow(body, row['activation'], 'pair', row['pos'], row['class_token'])] = row['top1']
     for row in TABLE3:
         if row['kernel'] != 'depthwise' or row['base'] not in bodies: continue
         body = bodies[row['base']]
         found[net(body, row['activation'], row['pos'], kernel='depthwise')] = row['top1']
     return found
 
+# %% ../../nbs/study/05_predictions.ipynb #pr26de
+def decidable(
+    family: list[Finding],
+    runs: pd.DataFrame,  # of `measure_runs`
+) -> list[Finding]:
+    "The findings that are about rows that were run."
+    ran = set(runs[ROW].itertuples(index=False, name=None))
+    rows_of = lambda finding: (finding.row, finding.other, *(finding.minus or ()))
+    return [each for each in family if ran.issuperset(map(dataclasses.astuple, rows_of(each)))]
+
 # %% ../../nbs/study/05_predictions.ipynb #pr26ex
 def evidence(
-    runs: pd.DataFrame, # of `measure`
+    runs: pd.DataFrame, # of `measure_runs`
+    margin=MARGIN,      # points that 'as good' allows
 ) -> pd.DataFrame:      # those of `judge`, and paper, before, after: points and percent
-    """The predictions about accuracy: the paper's difference, both of our accuracies, the verdict. ValueError
-    for a row that was not run."""
+    """The predictions about accuracy of the networks that were run: the paper's difference, both of our
+    accuracies, the verdict."""
     paper = paper_accuracies()
     ours = runs.groupby(ROW).accuracy.mean()
-    lines = judge(ACCURACY, runs)
-    for i, finding in enumerate(ACCURACY):
+    family = decidable(ACCURACY, runs)
+    lines = judge(family, runs, margin)
+    for i, finding in enumerate(family):
         gain = paper[finding.row] - paper[finding.other]
         if finding.minus: gain -= paper[finding.minus[0]] - paper[finding.minus[1]]
         lines.loc[i, 'paper'] = gain

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRIVATE_NAMES', 'HOOKS', 'PrivateName', 'swin_attention', 'add_position', 'forget_argument', 'private_hooks',
-           'set_hyper', 'update_schedule', 'run_epoch', 'move_batch', 'one_operation', 'watched_results']
+           'set_hyper', 'update_schedule', 'run_epoch', 'move_batch', 'with_notes', 'notes_in', 'with_metadata',
+           'one_operation', 'watched_results']
 
 # %% ../../nbs/tools/02_compat.ipynb #compat03
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
@@ -39,6 +41,9 @@ PRIVATE_NAMES = [
     PrivateName('timm.models._input:get_model_args', '1.0.31',
                 'reads `_model_args`, the arguments that timm publishes with a model: a local path is none of them',
                 'none: `update_model_args` adds and never removes'),
+    PrivateName('torch.nn:Module._load_from_state_dict', '2.15.0',
+                'takes `_metadata`, what a state dict says of each module: there is the grid of a file of weights',
+                'none for a file: `state_dict` hooks are given it, `torch.load` only keeps it'),
     PrivateName('fastai.optimizer:Optimizer._set_hyper', '2.8.7',
                 'sets one hyperparameter; fastai deep-copies all of them at each step',
                 '`set_hyper`, which is slower'),
@@ -116,6 +121,36 @@ def run_epoch(learner, cancelled):
 def move_batch(learner, batch):
     "`batch` on the device of `learner`, as fastai moves it."
     return learner._set_device(batch)
+
+# %% ../../nbs/tools/02_compat.ipynb #stnotes2
+def with_notes(
+    state,               # what `state_dict` returned
+    prefix: str = '',    # of the names in it
+    **notes,             # name of a note -> (path of a module -> value)
+):                       # the same state dict
+    "Write notes on modules into the metadata of a state dict, where it has any."
+    metadata = getattr(state, '_metadata', {})
+    for name, values in notes.items():
+        for path, value in values.items():
+            entry = metadata.get((prefix + path).rstrip('.'))
+            if entry is not None: entry[name] = value
+    return state
+
+def notes_in(state, name: str) -> dict:
+    "Path of a module -> its note of this name, as `with_notes` wrote it; {} for other dicts."
+    metadata = getattr(state, '_metadata', {})
+    return {path: entry[name] for path, entry in metadata.items() if name in entry}
+
+def with_metadata(
+    state: dict,  # tensors
+    source,       # a state dict
+    rename=str,   # path of a module there -> path in the result
+) -> dict:        # the tensors, in a dict with the metadata of `source`
+    "Carry what a state dict notes over to another."
+    new = OrderedDict(state)
+    metadata = getattr(source, '_metadata', {})
+    vars(new)['_metadata'] = OrderedDict((rename(path), entry) for path, entry in metadata.items())
+    return new
 
 # %% ../../nbs/tools/02_compat.ipynb #onefx002
 def one_operation(

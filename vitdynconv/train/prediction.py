@@ -76,10 +76,10 @@ def load_run(
 ) -> LoadedRun:
     """A trained network with its transform and its class names. ValueError if there is none, or if it is
     damaged."""
-    from vitdynconv.train.evaluate import check_own_weights, model_with_weights, read_weights
+    from vitdynconv.train.evaluate import check_own_weights, model_with_weights, read_run_weights
     folder = path
     path = best_of(folder, weights)
-    recipe, tensors, record = read_weights(path, weights)
+    recipe, tensors, record = read_run_weights(path, weights)
     check_own_weights(folder, path, recipe)
     model = model_with_weights(recipe, tensors, path)
     classes = record.get('classes') or [str(number) for number in range(model.num_classes)]
