@@ -158,12 +158,18 @@ def check_own_weights(folder, file, recipe: Recipe):
                               'to it: to use it all the same, name the file')
 
 # %% ../../nbs/train/11_evaluate.ipynb #evalbest
-def best_of(place, weights: str) -> str:
+def best_of(
+    place,        # folder of a run, or a file of weights
+    weights: str, # model or ema
+) -> str:
     "The file of a run that is used, or the file that is named. ValueError if there is none."
     if weights == 'ema' and Path(place).is_dir(): return str(Path(place)/'last.ckpt')
     return str(weights_file(place))
 
-def evaluated_place(checkpoint: str, run: str) -> str:
+def evaluated_place(
+    checkpoint: str, # a file, or ''
+    run: str,        # the folder of a run, or ''
+) -> str:
     "What `vdc_eval` shall read. ValueError where two places are given, or none."
     if checkpoint and run:
         raise ValueError(f'--run {run} and --checkpoint {checkpoint} are two places of weights: '

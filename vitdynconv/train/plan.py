@@ -6,7 +6,7 @@
 __all__ = ['AMP_BACKWARD', 'RESERVED', 'IMAGENET_IMAGES', 'DECODED', 'SHORTEST', 'LivingMemory', 'AttentionMemory',
            'FusedAttention', 'step_bytes', 'bytes_of', 'moment_bytes', 'StepMemory', 'step_memory', 'PlannedImages',
            'decoding_speed', 'planned_images', 'Gpus', 'RunCost', 'run_cost', 'memory_rows', 'share_of', 'batch_words',
-           'plan_of', 'rounded', 'size_words', 'decoding_words', 'time_words']
+           'plan_of', 'with_letter', 'size_words', 'decoding_words', 'time_words']
 
 # %% ../../nbs/train/17_plan.ipynb #plan0004
 import math
@@ -287,7 +287,7 @@ def plan_of(
     return '\n'.join([*parts, time_words(run_cost(recipe, images, gmacs, gpus), recipe, images, gpus)])
 
 # %% ../../nbs/train/17_plan.ipynb #0bee4c77
-def rounded(
+def with_letter(
     value: float,
 ) -> str:
     "A large number as people say it: 22.05 M, 4.608 G."
@@ -298,8 +298,8 @@ def rounded(
 def size_words(recipe, model, gmacs: float) -> str:
     "The network, in one line."
     size = sum(parameter.numel() for parameter in model.parameters())
-    return (f'{recipe.name}: {recipe.model}, {rounded(size)} parameters, '
-            f'{rounded(gmacs * 1e9)} multiply-adds per image of {recipe.img_size} x {recipe.img_size}')
+    return (f'{recipe.name}: {recipe.model}, {with_letter(size)} parameters, '
+            f'{with_letter(gmacs * 1e9)} multiply-adds per image of {recipe.img_size} x {recipe.img_size}')
 
 def decoding_words(cost: RunCost, images: PlannedImages) -> str:
     "How many cores it takes to prepare the images in time."

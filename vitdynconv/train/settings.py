@@ -155,7 +155,8 @@ class TextSettings(ChangeableSettings):
         except ValueError as error: raise ValueError(f'{text!r} cannot be read: {error}; close the quotes') from None
         for word in changes:
             name, equals, value = word.partition('=')
-            if not equals or not name: raise ValueError(f'{word!r} is not a change: write field=value, such as epochs=3')
+            if not equals or not name:
+                raise ValueError(f'{word!r} is not a change: write field=value, such as epochs=3')
             values[name] = value
         self.check_names(values)
         kinds = typing.get_type_hints(type(self))
