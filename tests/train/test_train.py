@@ -120,7 +120,7 @@ def test_evaluation_agrees_with_the_history(digits_run, tmp_path, capsys):
 def test_evaluation_refuses_what_it_cannot_count(digits_run, tmp_path, capsys):
     folder, _ = digits_run
     assert '--checkpoint' in said(capsys, 2, vdc_eval, csv=str(tmp_path/'r.csv'))
-    assert 'no checkpoint at' in said(capsys, 2, vdc_eval, checkpoint='nowhere.ckpt', csv=str(tmp_path/'r.csv'))
+    assert 'nowhere.ckpt does not exist' in said(capsys, 2, vdc_eval, checkpoint='nowhere.ckpt', csv=str(tmp_path/'r.csv'))
     assert 'averages none' in said(capsys, 2, vdc_eval, checkpoint=str(folder/'last.ckpt'), weights='ema')
     assert 'no safetensors file' in said(capsys, 2, vdc_eval, checkpoint=str(shutil.copy(folder/'history.csv', tmp_path/'a.safetensors')))
     assert not (tmp_path/'r.csv').exists()
