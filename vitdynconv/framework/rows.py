@@ -7,7 +7,7 @@ __all__ = ['CONVNEXT_ROWS', 'SELECTED', 'convnext_models', 'kept_share', 'answer
 
 # %% ../../nbs/framework/07_rows.ipynb #47eb67f7
 from torch import nn
-from .probe import describe
+from .description import describe
 from ..models.registry import create_model
 from ..models.surgery import Conversion
 
