@@ -99,7 +99,10 @@ def test_features_of_a_new_name(name):
         assert m.shape[1:] == (c, side // r, side // r)
 
 
-@pytest.mark.parametrize("name", ["pyramid_tiny", "vit_tiny_mixers_wide", f"k3_{DEIT}", f"topk_{SWIN_T}"])
+EXPORTED = ["pyramid_tiny", "vit_tiny_mixers_wide", f"k3_{DEIT}", f"topk_{SWIN_T}"]
+
+
+@pytest.mark.parametrize("name", [name if name in EXPORTED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_export(name):
     model, x = small(name), images(name)
     assert_equal(torch.export.export(model, (x,)).module()(x), model(x), 1e-5)
