@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant("mathematics", "softmax over nothing is uniform", SOFTMAX, "masked_fill(empty, 0)).masked_fill(empty, 0)", "masked_fill(empty, 0))", ACTIVATIONS),
     Mutant("mathematics", "projection of another grid", MIXTURE, "return p if self.live_grid in (None, self.grid_size) else self.resized(p, self.live_grid)", "return p", "layers/test_attention.py mixtures_of_another_grid"),
     Mutant("mathematics", "per-kernel weights through float32", POS, "(grid.float() if half else grid)", "grid.float()", "layers/test_conv.py own_precision"),
-    Mutant("framework", "every activation 'softmax'", "framework/probe.py", "return getattr(own, 'name', own)", "return 'softmax'", "layers/test_framework.py activation_and_position"),
+    Mutant("framework", "every activation 'softmax'", "framework/description.py", "return getattr(own, 'name', own)", "return 'softmax'", "layers/test_framework.py activation_and_position"),
     Mutant("framework", "neighborhoods are windows", "framework/probe.py", "return any((s & mine).any() and not torch.equal(s, mine) for s in same_size)", "return False", "layers/test_framework.py foreign_modules"),
     Mutant("framework", "proofs without gradients", "framework/reference.py", "Difference(largest([outputs]), largest([slopes]))", "Difference(largest([outputs]), 0.)", "layers/test_framework.py gradient"),
     Mutant("framework", "NaN is no difference", "tools/testing.py", "if any(map(math.isnan, gaps)): return math.inf", "gaps = [gap for gap in gaps if gap == gap]", "layers/test_framework.py nan_is"),

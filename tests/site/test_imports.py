@@ -1,11 +1,13 @@
 "Imports point one way: the derivation knows nothing of what the reader meets later, no two parts need each other, and importing the library costs nothing."
 import ast
 import json
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
+import yaml
 
 from conftest import ROOT, cells, notebooks
 
@@ -55,6 +57,31 @@ def test_a_page_of_the_derivation_imports_only_pictures_from_later_parts(path):
         source = "".join(line for line in cell["source"] if not line.startswith(("%", "!")))
         later = {name.split(".")[0] for name in imports(source)} & LATER - {"viz"}
         assert not later, f"{later}\n{source}"
+
+
+def reading_order(entries):
+    "The modules of the derivation, in the order in which the sidebar brings their pages."
+    for entry in entries:
+        if isinstance(entry, dict): yield from reading_order(entry["contents"])
+        elif entry.startswith("layers/"):
+            text = "\n".join("".join(cell["source"]) for cell in cells(ROOT / "nbs" / entry, "code"))
+            yield re.search(r"default_exp (\S+)", text)[1]
+
+
+ORDER = list(reading_order(yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]))
+
+
+def test_the_order_is_read():
+    assert ORDER[:2] == ["layers.conv", "layers.equivalence"] and set(ORDER) == {name for name in ARROWS if name.startswith("layers.")}
+
+
+BY_NAME = {("layers.equivalence", "layers.activations")}   # `attention(activation='relu')`: a name is looked up in the registry when it is called
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_page_of_the_derivation_needs_no_later_page(module):
+    later = ARROWS[module] & set(ORDER[ORDER.index(module) + 1:]) - {name for page, name in BY_NAME if page == module}
+    assert not later, f"{module} imports {sorted(later)}, which the reader meets later"
 
 
 def test_no_two_parts_need_each_other():

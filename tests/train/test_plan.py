@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from vitdynconv.models.registry import create_model
+from vitdynconv.tools.compat import memory_changes
 from vitdynconv.train.learner import parameter_groups
 from vitdynconv.train.mistakes import WORST, Tally
 from vitdynconv.train.plan import Gpus, PlannedImages, StepMemory, moment_bytes, run_cost, share_of, step_bytes, step_memory
@@ -31,7 +32,7 @@ NETWORKS = {  # name -> body, arguments, batch
 
 def peak_of_real_steps(make, recipe, images):
     "The most memory that two steps of training held on the CPU, by what the allocator reports to the profiler."
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         model = make().train()
         optimizer = create_optimizer_v2(parameter_groups(model, recipe.weight_decay, recipe.layer_decay), lr=1e-3, **recipe.arguments("optimizer"))
         inputs, labels = torch.randn(images, 3, recipe.img_size, recipe.img_size), torch.randint(5, (images,))
@@ -39,7 +40,7 @@ def peak_of_real_steps(make, recipe, images):
             F.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = memory_changes(profiler)
     assert len(changes) > 100
     return np.cumsum(changes).max()
 

@@ -29,6 +29,7 @@ from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from ..layers.equivalence import attention
 from .fitting import classifier_names
+from ..tools.compat import memory_changes
 
 # %% ../../nbs/models/11_cost.ipynb #c9913834
 CONVENTIONS = {  # name -> options of `count`
@@ -421,10 +422,8 @@ def peak_memory(
     """The most memory that a call holds at any moment beyond what was there before, temporaries within
     operators included (CPU)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler: run()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')
     held = peak = 0
-    for _, change in changes:
+    for change in memory_changes(profiler):
         held += change
         peak = max(peak, held)
     return peak
