@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
+from scipy.integrate import trapezoid
 from .plan import ROW, StudyRow
 from ..viz.theme import INK, ink_axes
 
@@ -33,7 +34,7 @@ def area(
 ) -> float:     # mean loss over the run
     "Area under the loss curve by the trapezoidal rule, divided by its length."
     if len(losses) < 2: return float(losses[0])
-    return float(sum((a + b) / 2 for a, b in zip(losses, losses[1:])) / (len(losses) - 1))
+    return float(trapezoid(losses) / (len(losses) - 1))
 
 # %% ../../nbs/study/03_measures.ipynb #0948d2b8
 THRESHOLDS = (2.0, 1.5)  # training losses of the digits; ln 10 = 2.30 is chance
