@@ -13,7 +13,7 @@ import platform
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from .tools.cli import check_choice, command, format_table
+from .tools.cli import check_choice, check_threads, command, format_table
 from .tools.files import check_own_folder, check_target, save_rows
 
 # %% ../nbs/bench.ipynb #ecffceee
@@ -39,7 +39,7 @@ def processor() -> str:
     facts = Path('/proc/cpuinfo')
     lines = facts.read_text().splitlines() if facts.exists() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor()
+    return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../nbs/bench.ipynb #846922bb
 def machine(device: str, label: str) -> dict[str, str]:
@@ -138,6 +138,7 @@ def vdc_bench(
     "Measure the library against matrix products, fused attention, timm's models and loader, and a bare loop."
     check_options(suite, device,
                   dict(threads=(threads, 0), seconds=(seconds, 0), batch=(batch, 1), workers=(workers, 0)))
+    check_threads(threads, least=0)
     files = bench_files(suite, out, csv, json, plot)
     import torch
     from vitdynconv.timing import Setting

@@ -14,7 +14,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from .tools.cli import check_choice, command, format_table
+from .tools.cli import check_choice, check_threads, command, format_table
 from .tools.files import check_own_folder, json_holds, replacing, rows_as_csv
 
 # %% ../nbs/demo.ipynb #3b9c90c2
@@ -111,7 +111,7 @@ def check_demo(
     for name in names: check_choice('--variants', name, VARIANTS)
     if len(set(names)) < len(names): raise ValueError(f'--variants {variants} names one twice; leave it out once')
     if epochs < 0: raise ValueError(f'--epochs {epochs} trains nothing; give 1 or more')
-    if threads < 1: raise ValueError(f'--threads {threads} is no number of threads; give 1 or more')
+    check_threads(threads)
     return names
 
 # %% ../nbs/demo.ipynb #5e21752d

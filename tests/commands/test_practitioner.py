@@ -213,6 +213,16 @@ def test_evaluation_uses_the_data_of_the_run(home, capsys):
     assert " 6 " in capsys.readouterr().out  # two held-out pictures of each colour
 
 
+def test_evaluation_takes_a_run_as_prediction_does(home, tmp_path):
+    vdc_eval(run=str(home/"RUN"), json=str(tmp_path/"run.json"))
+    vdc_eval(checkpoint=str(home/"RUN/best.safetensors"), json=str(tmp_path/"file.json"))
+    vdc_eval(run=str(home/"RUN"), weights="ema", json=str(tmp_path/"average.json"))
+    rows = [json.loads((tmp_path/f"{name}.json").read_text())[0] for name in ("run", "file", "average")]
+    assert rows[0]["checkpoint"] == str(home/"RUN/best.safetensors") and rows[2]["checkpoint"] == str(home/"RUN/last.ckpt")
+    assert rows[0]["loss"] == rows[1]["loss"] and rows[2]["weights"] == "ema"
+    assert load_run(home/"RUN", "ema").path == str(home/"RUN/last.ckpt")
+
+
 def test_evaluation_never_falls_back_to_the_digits(home, tmp_path, capsys):
     from vitdynconv.train.checkpoint import save_weights
     run = load_run(home/"RUN")
@@ -386,19 +396,25 @@ TOLD = {
         "--data pictures --out NEW --rand-augment nonsense", "--data pictures --out NEW --rand-augment rand-mx", "--out NEW --crop-pct .5", "--data fashion --out NEW --random-erasing 0.5",
         "--data pictures --out NEW --model swin_tiny_patch4_window7_224", "--data pictures --out /proc/run", "--data pictures --out .", "--resume text", "--resume pictures", "--resume RUN/best.safetensors --out NEW",
         "--resume RUN/last.ckpt --out NEW --epochs 1", "--resume cut_ckpt", "--resume other_ckpt", "--resume no_data", "--resume strange", "--resume old", "--resume not_json", "--resume other_field",
+        "--data sp --out sp/run", "--data pictures --out dangling", "--data pictures --out NEW --log ,", "--data pictures --out NEW --set =3", "--plan --img-size 3", "--plan --log tensorboard",
+        "--plan --changed-data", "--data fifo.jpg --out NEW", "--resume zero.ckpt --out NEW", "--recipe zero.json --data pictures --out NEW", "--resume RUN --gpus 3", "--data pictures --out NEW --grad-accum 7",
     ],
     "vdc_eval": ["RUN", "--checkpoint cut", "--checkpoint foreign", "--checkpoint header.safetensors", "--checkpoint list.safetensors", "--checkpoint RUN --json /dev/null", "--checkpoint RUN --batch-size nan",
-                 "--checkpoint RUN --csv pictures/red/red_00.png", "--checkpoint RUN --data single", "--checkpoint RUN --checkpoint RUN"],
+                 "--checkpoint RUN --csv pictures/red/red_00.png", "--checkpoint RUN --data single", "--checkpoint RUN --checkpoint RUN", "--run RUN --checkpoint RUN/last.ckpt", "--run empty", "--run nowhere", "--run foreign", "--run RUN --csv r.csv --json ./r.csv",
+                 "--checkpoint RUN/history.csv", "--checkpoint zero.safetensors", "--run RUN --weights EMA"],
     "vdc_predict": ["'' --run RUN", "text --run RUN", "movie.mp4 --run RUN", "empty --run RUN", "-- -dash --run RUN", "pictures --run foreign", "pictures --run cut", "pictures --run RUN --top nan",
-                    "pictures --run RUN --csv " + "a"*300 + ".csv", "pictures --run RUN/run.json", "pictures --run RUN --json pictures/red/red_00.png"],
+                    "pictures --run RUN --csv " + "a"*300 + ".csv", "pictures --run RUN/run.json", "pictures --run RUN --json pictures/red/red_00.png",
+                    "fifo.jpg --run RUN", "zero.jpg --run RUN", "dangling --run RUN", "pictures nowhere --run RUN", "pictures --run RUN --csv r --json r"],
     "vdc_export": ["--run RUN --format torch --out pictures/red/red_00.png", "--run RUN --format onnx --out x.pt2", "--run RUN --format hf --out pictures", "--run RUN --out x.onnx", "--run foreign --format torch --out x.pt2",
-                   "--run RUN --format ONNX --out x.onnx", "--run RUN --format hf --out /proc/hub"],
-    "vdc_demo": ["--out pictures", "--out text/x", "--out /proc/demo", "--variants softmax,softmax", "--epochs 1e3", "--seed 99999999999999999999"],
-    "vdc_study": ["--plan quick --out pictures", "--weights --plan quick", "--weights --workers 3", "--weights --out pictures", "--plan quick --out /proc/x"],
-    "vdc_bench": ["--out pictures", "--suite scaling --plot text", "--seconds nan", "--suite core --suite model", "--device cuda:9"],
-    "vdc_cost": ["--model deit_tiny_patch16_224 --csv pictures/red/red_00.png", "--model deit_tiny_patch16_224 --input-size 1e3", "--table nan"],
-    "vdc_convert": ["--model deit_tiny_patch16_224 --out pictures/red/red_00.png", "--model deit_tiny_patch16_224 --out x.safetensors --checkpoint text"],
-    "vdc_equiv": ["--tol nan", "--json pictures/red/red_00.png", "--tol 1e-400"],
+                   "--run RUN --format ONNX --out x.onnx", "--run RUN --format hf --out /proc/hub",
+                   "--run RUN/recipe.json --format torch --out x.pt2", "--run RUN --format torch --out dangling/x.pt2", "--run RUN --format timm --out x.safetensors --weights EMA"],
+    "vdc_demo": ["--out pictures", "--out text/x", "--out /proc/demo", "--variants softmax,softmax", "--epochs 1e3", "--seed 99999999999999999999", "--threads 100000", "--out dangling"],
+    "vdc_study": ["--plan quick --out pictures", "--weights --plan quick", "--weights --workers 3", "--weights --out pictures", "--plan quick --out /proc/x", "--out dangling"],
+    "vdc_bench": ["--out pictures", "--suite scaling --plot text", "--seconds nan", "--suite core --suite model", "--device cuda:9", "--threads 100000", "--out dangling", "--csv r.csv --json r.csv"],
+    "vdc_cost": ["--model deit_tiny_patch16_224 --csv pictures/red/red_00.png", "--model deit_tiny_patch16_224 --input-size 1e3", "--table nan", "--model deit_tiny_patch16_224 --csv r.csv --json r.csv", "--model ''", "--model deit_tiny_patch16_224 --selection nope"],
+    "vdc_convert": ["--model deit_tiny_patch16_224 --out pictures/red/red_00.png", "--model deit_tiny_patch16_224 --out x.safetensors --checkpoint text", "--model deit_tiny_patch16_224 --out x.safetensors --checkpoint zero.ckpt",
+                    "--model deit_tiny_patch16_224 --out x.safetensors --checkpoint RUN/best.safetensors", "--model '' --out x.safetensors"],
+    "vdc_equiv": ["extra", "--csv r.csv --json r.csv", "--csv dangling/x.csv", "--tol nan", "--json pictures/red/red_00.png", "--tol 1e-400"],
 }
 TOLD_CASES = [(command, words) for command, lines in TOLD.items() for words in lines]
 
@@ -431,6 +447,10 @@ def told(place):
     write_pictures(place/"hollow")
     (place/"hollow/empty").mkdir()
     write_pictures(place/"single", images=1)
+    for part, size in ("train", 20), ("validation", 21): write_pictures(place/"sp"/part, size=size)
+    for name in "zero.ckpt", "zero.safetensors", "zero.json", "zero.jpg": (place/name).touch()
+    (place/"dangling").symlink_to("no_such_place")
+    os.mkfifo(place/"fifo.jpg")
     return place
 
 
@@ -440,6 +460,7 @@ def test_what_users_type_is_answered_in_one_line_and_leaves_nothing(told, monkey
     monkeypatch.setattr(sys, "argv", [command, *shlex.split(words)])
     before = {path: path.lstat().st_mtime_ns for path in told.rglob("*") if not path.is_dir()}
     said = line(capsys, globals()[command])
+    assert "Errno" not in said and "Traceback" not in said
     assert said.startswith(f"{command}: ") and len(said) < 800
     assert {path: path.lstat().st_mtime_ns for path in told.rglob("*") if not path.is_dir()} == before and not (told/"NEW").exists()
 
@@ -547,6 +568,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, 
 
 
 def test_there_are_sixty_of_them_over_all_commands():
+    assert set(TOLD) == {script.split("=")[0] for script in settings()["console_scripts"].split()}
     scripts = dict(script.split("=") for script in settings()["console_scripts"].split())
     assert len(CASES) >= 60 and {command.__name__ for _, command, _ in CASES} == set(scripts)
 

@@ -1,5 +1,6 @@
 "The commands that the tutorials print, tried as a reader would type them."
 import inspect
+import json
 import os
 import re
 import shlex
@@ -8,7 +9,8 @@ import subprocess
 import pytest
 from conftest import NBS, cells
 from forks import run
-from test_practitioner import write_pictures
+from PIL import Image
+from test_practitioner import COLOURS, write_pictures
 
 from vitdynconv.tools.cli import CommandParser, options_of
 from vitdynconv.train.recipes import recipe_options
@@ -44,14 +46,32 @@ def test_the_command_for_pretrained_weights_works(tmp_path):
     assert "recipe finetune: vdc_vit_fashion, activation softmax" in out and (tmp_path/"RUN/best.safetensors").exists()
 
 
+def as_people_have_them(root, colours=COLOURS, images=12):
+    "JPEG files from a telephone, a scanner and the web: in folders of folders, of every mode, lying on their side, with endings in capitals."
+    side = Image.Exif()
+    side[0x0112] = 6
+    for name, colour in colours.items():
+        for number in range(images):
+            place = root/name/("2019/summer" if number % 3 == 0 else "")/f"IMG {number:02}{('.jpg', '.JPG', '.jpeg', '.jpe')[number % 4]}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            mode = {5: "L", 7: "CMYK"}.get(number, "RGB")
+            Image.new("RGB", (40 + number, 30), colour).convert(mode).save(place, "JPEG", **(dict(exif=side) if number % 2 else {}))
+        Image.new("RGB", (30, 30), colour).quantize(8).save(root/name/"drawing.gif")
+        (root/name/"notes.txt").write_text("found in the attic")
+    return root
+
+
 @pytest.mark.slow
 def test_the_road_from_a_folder_to_a_prediction(tmp_path):
-    write_pictures(tmp_path/"pictures")
+    as_people_have_them(tmp_path/"pictures")
     write_pictures(tmp_path/"new_pictures", images=2)
     for line in road():
         name, *words = shlex.split(line)
         code, out, errors = run(tmp_path, *words, command=name)
         assert code == 0, f"{line}: {errors}"
+        if name == "vdc_train" and "--data" in words: assert "30 training images" in out and "left out: 3 x .txt" in out, out
+    record = json.loads((tmp_path/"RUN/run.json").read_text())
+    assert record["in_chans"] == 3 and sum(count for count, _ in record["fingerprint"]["parts"]["train"].values()) == 30, record
     assert "going on after epoch 20 of 20" in out
     rows = (tmp_path/"names.csv").read_text().splitlines()
     assert len(rows) == 7 and (tmp_path/"pictures.onnx").stat().st_size > 10_000

@@ -28,7 +28,8 @@ from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.equivalence import DynamicConvBlock
 from vitdynconv.framework import reference
 from vitdynconv.framework.commands import vdc_equiv
-from vitdynconv.framework.probe import CutMixer, describe, table1
+from vitdynconv.framework.description import describe, table1
+from vitdynconv.framework.probe import CutMixer
 from vitdynconv.framework.proofs import all_proofs, equivalence_table
 from vitdynconv.framework.space import RULES, against_definition, build, design_space, further_selections, why_not
 from vitdynconv.framework.spec import KernelSpec, generator_weights

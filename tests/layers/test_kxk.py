@@ -19,7 +19,8 @@ from vitdynconv.fast import dynamic_conv_attention
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.layers.depthwise import DepthwiseSelfAttention
-from vitdynconv.layers.kxk import KernelAttention2d, Neighbors
+from vitdynconv.layers.kxk import KernelAttention2d
+from vitdynconv.layers.mixer import Neighbors
 from vitdynconv.layers.selection import SELECTIONS
 
 GRID, HEADS = (3, 4), 2

@@ -13,7 +13,7 @@ from torch import nn
 from vitdynconv import convert, create_model, describe, to_timm
 from vitdynconv.models.kept import kept_kernels, share_kept, with_topk
 from vitdynconv.models.mixers import WideValues, equal_depth, nonlinearity
-from vitdynconv.study.beyond import NETWORKS, QUESTIONS, Question, answer
+from vitdynconv.study.beyond import NETWORKS, OPEN_QUESTIONS, Question, answer
 from vitdynconv.models.pyramid import PyramidTransformer, stage_grids
 from vitdynconv.framework.beyond import beyond_proofs
 from vitdynconv.layers.strided import Strided, StridedDepthwise
@@ -99,7 +99,10 @@ def test_features_of_a_new_name(name):
         assert m.shape[1:] == (c, side // r, side // r)
 
 
-@pytest.mark.parametrize("name", ["pyramid_tiny", "vit_tiny_mixers_wide", f"k3_{DEIT}", f"topk_{SWIN_T}"])
+EXPORTED = ["pyramid_tiny", "vit_tiny_mixers_wide", f"k3_{DEIT}", f"topk_{SWIN_T}"]
+
+
+@pytest.mark.parametrize("name", [name if name in EXPORTED else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_export(name):
     model, x = small(name), images(name)
     assert_equal(torch.export.export(model, (x,)).module()(x), model(x), 1e-5)
@@ -292,6 +295,62 @@ def test_depth_is_by_the_formula():
     assert equal_depth(197, 384, 12, True) == 44
 
 
+def mixers_formula(depthwise, wide, n, dim, heads, depth, e, patch_values):
+    "Multiply-adds in products, parameters and activations of mixers alone, softmax: sums over the matrices, by hand."
+    inner = heads * e if depthwise or wide else dim                    # channels of the values; depth-wise: of the queries, too
+    first = 2 * inner if depthwise else 2 * dim + inner                # rows of the first linear layers
+    macs, acts = n * dim * (first + inner), n * (first + dim)
+    params = dim * first + first + inner * dim + dim + 2 * dim         # with biases, and one norm
+    if not depthwise:
+        macs += n * n * (dim + inner)
+        acts += n * n * heads + n * inner
+    ends = Cost((n - 1) * patch_values * dim, patch_values * dim + dim + dim + n * dim + 2 * dim, (n - 1) * dim)
+    return ends + depth * Cost(macs, params, acts)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("variant", ["deep", "wide"])
+def test_mixers_alone_by_formula(depthwise, variant):
+    name = f"vit_tiny_{'depthwise_' if depthwise else ''}mixers_{variant}"
+    model = create_model(name, img_size=32, patch_size=8, num_classes=0, match_size=32, depth=3)
+    mixer = model.blocks[0].attn
+    e = getattr(mixer, "value_dim", mixer.head_dim)
+    found = count(model, form="literal", head=False, layernorm=0).total
+    assert found == mixers_formula(depthwise, variant == "wide", 17, 192, 3, len(model.blocks), e, 3 * 64)
+    assert (len(model.blocks) > 3) == (variant == "deep") and (e > 64) == (variant == "wide")
+
+
+def convnext_formula(side, dims, depths, macs_of, params_of):
+    "A ConvNeXt whose spatial layer takes `macs_of(n, c)` multiply-adds and has `params_of(n, c)` parameters."
+    n, macs, params, before = (side // 4) ** 2, 0, 0, 3
+    for i, (c, depth) in enumerate(zip(dims, depths)):
+        taps = 16 if i == 0 else 4                                     # the stem's 4 x 4, then 2 x 2 between the stages
+        if i: n //= 4
+        macs += n * taps * before * c
+        params += taps * before * c + c + 2 * (c if i == 0 else before)
+        macs += depth * (macs_of(n, c) + 2 * n * c * 4 * c)
+        params += depth * (params_of(n, c) + 2 * c + 8 * c * c + 4 * c + c + c)
+        before = c
+    return macs + n * before, params + 2 * before                      # the mean over the map, and the head's norm
+
+
+CONVNEXT_COSTS = {  # name -> multiply-adds and parameters of the spatial layer at n positions of c channels, by hand
+    "vdc_convnext_atto": (lambda n, c: 4 * n * c * c + 2 * n * n * c, lambda n, c: 4 * c * c + 4 * c),
+    "vdc_dconv_convnext_atto": (lambda n, c: 4 * (49 * c + c) + n * 49 * c + c * (c // 4) + (c // 4) * 4,
+                                lambda n, c: 4 * (49 * c + c) + (c * (c // 4) + c // 4) + (c // 4 * 4 + 4)),
+    "vdc_ddwconv_convnext_atto": (lambda n, c: n * 49 * c + n * c * (c // 4) + 2 * n * (c // 4) + n * (c // 4) * 49 * c,
+                                  lambda n, c: c * (c // 4) + c // 4 + 2 * (c // 4) + (c // 4) * 49 * c + 49 * c + c),
+}
+
+
+@pytest.mark.parametrize("name", CONVNEXT_COSTS)
+def test_a_convnext_by_formula(name):
+    sizes = dict(dims=(8, 16, 24, 32), depths=(1, 2, 1, 1))
+    model = timm.create_model(name, img_size=64, num_classes=0, **sizes).eval()
+    found = count(model, 64, form="literal", head=False, layernorm=0).total
+    assert tuple(found[:2]) == convnext_formula(64, *sizes.values(), *CONVNEXT_COSTS[name])
+
+
 # From a ConvNet, and selections
 
 def test_the_four_questions_of_a_convnet():
@@ -370,7 +429,7 @@ def test_topk_at_the_number_that_relu_keeps():
 # The study
 
 def test_the_study_asks_about_networks_that_it_has():
-    assert {title for q in QUESTIONS for title in (q.better, q.worse)} <= set(NETWORKS)
+    assert {title for q in OPEN_QUESTIONS for title in (q.better, q.worse)} <= set(NETWORKS)
     for network in NETWORKS.values():
         assert network.build(0).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from vitdynconv.data.fashion import CLASSES, DEBIAN, MEAN, STD, find_fashion, first_of_each, read_split, sample_images
 from vitdynconv.models import create_model
-from vitdynconv.models.bundled import BODIES, bundled, bundled_folder, read_record, weights_path
+from vitdynconv.models.bundled import FASHION_BODIES, bundled, bundled_folder, bundled_record, weights_path
 from vitdynconv.train.prediction import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ def test_a_file_says_what_it_is(network):
     with safe_open(weights_path(*network), "pt") as file:
         recipe, record = (json.loads(file.metadata()[part]) for part in ("recipe", "run"))
         assert all(file.get_tensor(name).dtype == torch.half for name in file.keys())
-    size = BODIES[network[0]].settings["img_size"]
+    size = FASHION_BODIES[network[0]].settings["img_size"]
     assert (recipe["model"], recipe["activation"], recipe["kernel"], recipe["img_size"]) == (*network, size)
     assert record["classes"] == CLASSES and (record["mean"], record["std"]) == ([MEAN], [STD])
     assert record["input_size"] == size and record["crop_pct"] == size/28 and record["data"] == "fashion"
@@ -55,7 +55,7 @@ def test_a_file_says_what_it_is(network):
 @pytest.mark.parametrize("network", NETWORKS, ids="-".join)
 def test_a_name_gives_the_network_of_the_file(network):
     name, activation, kernel = network
-    size = BODIES[name].settings["img_size"]
+    size = FASHION_BODIES[name].settings["img_size"]
     ours = create_model(name, activation, kernel, pretrained=True).eval()
     direct = timm.create_model(name, pretrained=True, activation=activation, kernel=kernel).eval()
     run, samples = load_run(weights_path(*network)), sample_images(size)
@@ -63,7 +63,7 @@ def test_a_name_gives_the_network_of_the_file(network):
     assert torch.equal(logits, same) and torch.equal(logits, read)
     assert not torch.equal(logits, create_model(name, activation, kernel).eval()(samples.images)), "random weights are others"
     right = (logits.argmax(1) == samples.labels).sum().item()
-    assert abs(right - read_record(weights_path(*network))["samples"]) <= 1          # another processor rounds elsewhere: one image may be on the edge
+    assert abs(right - bundled_record(weights_path(*network))["samples"]) <= 1       # another processor rounds elsewhere: one image may be on the edge
     assert [CLASSES[i] for i in logits.argmax(1)[:8]] == [p.label for p in run.predict(pictures(samples, 8))], "a picture file is prepared as in training"
 
 
@@ -80,7 +80,7 @@ def test_the_stored_accuracy_is_what_vdc_eval_counts(network, tmp_path):
     path = weights_path(*network)
     vdc_eval(str(path), json=str(tmp_path/"result.json"))
     row, = json.loads((tmp_path/"result.json").read_text())
-    assert row["images"] == 10_000 and row["top1"] == pytest.approx(read_record(path)["accuracy"], abs=2.5e-4)    # the same machine: equal; another may round two images across the edge
+    assert row["images"] == 10_000 and row["top1"] == pytest.approx(bundled_record(path)["accuracy"], abs=2.5e-4)    # the same machine: equal; another may round two images across the edge
 
 
 @has_data
@@ -119,6 +119,6 @@ def test_trained_weights_go_with_other_sizes():
 
 
 def test_the_classes_of_the_registry_are_those_of_the_data():
-    for name in BODIES:
+    for name in FASHION_BODIES:
         config = create_model(name).pretrained_cfg
         assert config["label_names"] == CLASSES and (config["mean"], config["std"]) == ((MEAN,), (STD,))

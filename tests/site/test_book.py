@@ -116,6 +116,17 @@ def test_solutions_are_true(page, monkeypatch):
                 for code in re.findall(r"```python\n(.*?)```", solution, re.S): exec(code, space)
 
 
+# Pictures
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_have_one_style_and_three_panels_at_most(page):
+    "Shown cells draw on the theme's sheets, which are transparent; only the start page's ten thumbnails stand in fives."
+    for source in cells(page, "code"):
+        if source.startswith("#| export"): continue
+        assert "plt.subplots(" not in source, source[:200]
+        assert max(map(int, re.findall(r"columns=(\d+)", source)), default=1) <= (5 if page == "start.ipynb" else 3), source[:200]
+
+
 # The start page
 
 def test_the_start_page_is_short_and_needs_nothing_but_torch_and_the_data():

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from vitdynconv.tools import compat
 from vitdynconv.tools.compat import HOOKS, PRIVATE_NAMES
@@ -12,6 +13,7 @@ PACKAGE = Path(compat.__file__).resolve().parents[1]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "_modidx" and path != Path(compat.__file__))
 OTHERS = ("torch", "timm", "fastai", "fastcore", "fvcore", "argparse", "accelerate", "torchvision", "sklearn", "safetensors", "onnx", "PIL", "matplotlib")
 NAMEDTUPLE = {"_asdict", "_replace", "_fields", "_make", "_field_defaults"}  # public in spite of their underscore
+UNDOCUMENTED = {"kineto_results"}                                                # private in spite of having none
 SHOWN = {"_repr_markdown_", "_repr_html_", "_repr_png_", "_repr_svg_"}       # IPython's, documented
 
 
@@ -61,6 +63,7 @@ def private_names(path):
             if not getattr(node, "level", 0): found.update((part, node.lineno) for part in private)
         elif isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and node.attr not in own | NAMEDTUPLE | SHOWN:
             found.add((node.attr, node.lineno))
+        elif isinstance(node, ast.Attribute) and node.attr in UNDOCUMENTED: found.add((node.attr, node.lineno))
         elif isinstance(node, ast.FunctionDef) and node.name in HOOKS.values(): found.add((node.name, node.lineno))
         elif isinstance(node, ast.Constant) and node.value in HOOKS.values(): found.add((node.value, node.lineno))
     return sorted(found)
@@ -76,5 +79,12 @@ def test_the_scan_sees_what_it_should(tmp_path):
     source = tmp_path / "module.py"
     source.write_text("from timm.models._factory import load\nimport torch._dynamo\nx = block._attn(1)\ny = torch.ops.mkldnn._linear(x)\n"
                       "class A(B):\n    def _do_fit(self): self._own = 1; return self._own\n    def _mine(self): return self._mine\n"
-                      "z = getattr(block, '_attn'); row._asdict()\n")
-    assert {name for name, _ in private_names(source)} == {"_factory", "_dynamo", "_attn", "_linear", "_do_fit"}
+                      "z = getattr(block, '_attn'); row._asdict()\nprofiler.kineto_results.events()\n")
+    assert {name for name, _ in private_names(source)} == {"_factory", "_dynamo", "_attn", "_linear", "_do_fit", "kineto_results"}
+
+
+def test_the_profiler_still_tells_when_memory_changes():
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
+        kept = torch.ones(16)
+        kept = torch.cat([kept, kept])
+    assert compat.memory_changes(profiler) == [64, 128, -64]

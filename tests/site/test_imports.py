@@ -1,11 +1,13 @@
 "Imports point one way: the derivation knows nothing of what the reader meets later, no two parts need each other, and importing the library costs nothing."
 import ast
 import json
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
+import yaml
 
 from conftest import ROOT, cells, notebooks
 
@@ -57,6 +59,31 @@ def test_a_page_of_the_derivation_imports_only_pictures_from_later_parts(path):
         assert not later, f"{later}\n{source}"
 
 
+def reading_order(entries):
+    "The modules of the derivation, in the order in which the sidebar brings their pages."
+    for entry in entries:
+        if isinstance(entry, dict): yield from reading_order(entry["contents"])
+        elif entry.startswith("layers/"):
+            text = "\n".join("".join(cell["source"]) for cell in cells(ROOT / "nbs" / entry, "code"))
+            yield re.search(r"default_exp (\S+)", text)[1]
+
+
+ORDER = list(reading_order(yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]))
+
+
+def test_the_order_is_read():
+    assert ORDER[:2] == ["layers.conv", "layers.equivalence"] and set(ORDER) == {name for name in ARROWS if name.startswith("layers.")}
+
+
+BY_NAME = {("layers.equivalence", "layers.activations")}   # `attention(activation='relu')`: a name is looked up in the registry when it is called
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_page_of_the_derivation_needs_no_later_page(module):
+    later = ARROWS[module] & set(ORDER[ORDER.index(module) + 1:]) - {name for page, name in BY_NAME if page == module}
+    assert not later, f"{module} imports {sorted(later)}, which the reader meets later"
+
+
 def test_no_two_parts_need_each_other():
     graph = {part: set() for part in PARTS}
     for module, needed in ARROWS.items():
@@ -103,3 +130,26 @@ for part in [None, *%r]:
     else: raise SystemExit(f'{face} has everything')
 """ % PARTS
     loaded(code)
+
+
+MIRRORED = {"attention", "depthwise_attention", "dynamic_conv", "split_heads"}   # `framework.reference` writes the definitions in NumPy
+
+
+def defined(path):
+    "The public names that a module makes at top level, methods that fastcore's patch adds left out."
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if not any("patch" in ast.unparse(mark) for mark in node.decorator_list): yield node.name
+        elif isinstance(node, ast.Assign): yield from (each.id for each in node.targets if isinstance(each, ast.Name))
+        elif isinstance(node, ast.AnnAssign): yield node.target.id
+
+
+def test_one_name_is_one_thing():
+    made = {}
+    for path in MODULES:
+        for name in defined(path):
+            if not name.startswith("_"): made.setdefault(name, []).append(name_of(path))
+    twice = {name: modules for name, modules in made.items() if len(modules) > 1}
+    assert {name for name in MIRRORED if "framework.reference" in made.get(name, [])} == MIRRORED
+    assert {name: modules for name, modules in twice.items() if name not in MIRRORED} == {}
+    assert all(len(twice[name]) == 2 for name in MIRRORED)

@@ -28,7 +28,7 @@ from vitdynconv.data import digits_dls
 from vitdynconv.layers.dconv import DynamicConv2d
 from vitdynconv.train.callbacks import MeanLoss, Mixing, accuracy, sum_over_processes
 from vitdynconv.train.learner import create_learner, parameter_depths, parameter_groups
-from vitdynconv.train.logbook import StepLog, peak_memory
+from vitdynconv.train.logbook import StepLog, peak_memory_gb
 from vitdynconv.models.registry import create_model
 from vitdynconv.models.surgery import convert
 from vitdynconv.train.recipes import RECIPES
@@ -177,9 +177,9 @@ def test_the_log_tells_zero_from_unknown(monkeypatch, capsys):
     log.learn.logger, log.learn.n_iter, log.every, steps = print, 40, 20, []
     for log.learn.iter in range(40): log.after_batch()
     assert steps == [20], 'the last step has the line of its epoch'
-    assert 0.01 < peak_memory(torch.device('cpu')) < 1000
+    assert 0.01 < peak_memory_gb(torch.device('cpu')) < 1000
     monkeypatch.setitem(sys.modules, 'resource', None)  # as on Windows
-    assert math.isnan(peak_memory(torch.device('cpu')))
+    assert math.isnan(peak_memory_gb(torch.device('cpu')))
 
 
 def by_decay(groups, model):

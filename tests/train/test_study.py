@@ -10,8 +10,8 @@ from scipy import stats
 from vitdynconv.study import plan as study_plan
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models.paper import TABLE2
-from vitdynconv.study.plan import PLANS, ROW, ROWS, Job, Plan, Row, jobs_of, open_study
-from vitdynconv.study.measures import Finding, area, epochs_to, interval, measure, paired, verdict
+from vitdynconv.study.plan import PLANS, ROW, ROWS, Job, Plan, StudyRow, jobs_of, open_study
+from vitdynconv.study.measures import Finding, area, epochs_to, interval, measure_runs, paired, verdict
 from vitdynconv.study.predictions import ACCURACY, decidable, evidence, findings, holm, judge, net, p_value
 from vitdynconv.study.runs import best_rate, rate_beyond, run_study, study_model, trials_so_far
 
@@ -81,7 +81,7 @@ def test_a_job_that_fails_is_named_and_the_rest_is_kept(tmp_path):
 
 def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path):
     code = f"from vitdynconv.study import command, plan; plan.PLANS['quick'] = plan.Plan(({CHEAP!r},), seeds=(1,), rates=(1e-3, 2e-3), epochs=1, copies=1); command.vdc_study(plan='quick', out={str(tmp_path/'out')!r}, workers=1)"
-    command = [sys.executable, "-W", "ignore", "-c", code.replace("(Row(", "(plan.Row(")]
+    command = [sys.executable, "-W", "ignore", "-c", code.replace("(StudyRow(", "(plan.StudyRow(")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as run:
         while not list((tmp_path/"out"/"runs").glob("*.csv")): time.sleep(.2); assert run.poll() is None
         os.killpg(run.pid, signal.SIGINT)                                            # as a terminal does: to every process of the group
@@ -122,7 +122,7 @@ def test_the_measures():
     assert epochs_to([2.2, 2.0, 1.4], 1.5) == pytest.approx(2 + 5/6) and epochs_to([2.2, 2.1], 2) == 2 and epochs_to([1.9], 2) == 1
     assert area([4, 2, 1]) == pytest.approx((3 + 1.5)/2) and area([2.]) == 2
     lines = pd.DataFrame([dict(dataclasses.asdict(ROWS[0]), seed=s, epoch=e, peak_lr=1e-3, train_loss=3 - e*s/2, accuracy=e/10) for s in (1, 2) for e in (2, 1, 3)])
-    runs = measure(lines).set_index("seed")                                         # epochs out of order: sorted first
+    runs = measure_runs(lines).set_index("seed")                                    # epochs out of order: sorted first
     assert runs["epochs to 2"].tolist() == [2, 1] and runs["accuracy"].tolist() == pytest.approx([30, 30]) and runs["final loss"].tolist() == [1.5, 0]
 
 
@@ -212,7 +212,7 @@ def test_holm():
 @pytest.mark.parametrize("page", ["learned.ipynb", "results/convergence.ipynb"])
 def test_two_pages_give_the_same_verdicts(page):
     "Each claim that a page shows with a verdict has the verdict of `evidence`, with Holm's adjustment."
-    found = evidence(measure(pd.read_csv(COMMITTED/"history.csv")))
+    found = evidence(measure_runs(pd.read_csv(COMMITTED/"history.csv")))
     outputs = [o.get("data", {}) for c in json.loads((COMMITTED.parents[1]/page).read_text())["cells"] for o in c.get("outputs", [])]
     text = "\n|".join("".join(each.get("text/markdown", "")) + "".join(each.get("text/html", "")) for each in outputs)
     shown = 0

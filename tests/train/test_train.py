@@ -23,7 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from vitdynconv.train.checkpoint import FORMAT, CheckpointError, Checkpoints, RunStopped, load_checkpoint, save_weights
 from vitdynconv.data import imagenet_dls
 from vitdynconv.demo import demo_model
-from vitdynconv.train.evaluate import read_weights, vdc_eval
+from vitdynconv.train.evaluate import read_run_weights, vdc_eval
 from vitdynconv.train.logbook import wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
 from vitdynconv.train.ending import Terminated, earlier_checkpoint, last_line, lower_rate_command
@@ -120,7 +120,7 @@ def test_evaluation_agrees_with_the_history(digits_run, tmp_path, capsys):
 def test_evaluation_refuses_what_it_cannot_count(digits_run, tmp_path, capsys):
     folder, _ = digits_run
     assert '--checkpoint' in said(capsys, 2, vdc_eval, csv=str(tmp_path/'r.csv'))
-    assert 'no checkpoint at' in said(capsys, 2, vdc_eval, checkpoint='nowhere.ckpt', csv=str(tmp_path/'r.csv'))
+    assert 'nowhere.ckpt does not exist' in said(capsys, 2, vdc_eval, checkpoint='nowhere.ckpt', csv=str(tmp_path/'r.csv'))
     assert 'averages none' in said(capsys, 2, vdc_eval, checkpoint=str(folder/'last.ckpt'), weights='ema')
     assert 'no safetensors file' in said(capsys, 2, vdc_eval, checkpoint=str(shutil.copy(folder/'history.csv', tmp_path/'a.safetensors')))
     assert not (tmp_path/'r.csv').exists()
@@ -380,7 +380,7 @@ def test_input_size_and_class_token_of_digits_reach_data_and_model(changes, toke
 
 def test_a_command_line_with_another_input_size_trains(tmp_path):
     vdc_train(out=str(tmp_path/'RUN'), epochs='1', warmup_epochs='0.1', batch_size='256', set='img_size=8 class_token=yes')
-    weights = read_weights(tmp_path/'RUN/model.safetensors')[1]
+    weights = read_run_weights(tmp_path/'RUN/model.safetensors')[1]
     assert weights['pos_embed'].shape[1] == 5 and 'cls_token' in weights
 
 
@@ -529,7 +529,7 @@ def test_a_tree_trained_by_the_command_and_evaluated(tree, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'going' not in out and '1 training images could not be read so far' in out and '003.jpg' in out
     assert rows_of(tmp_path/'RUN')[-1]['skipped_images'] == '1'
-    recipe, tensors, run = read_weights(tmp_path/'RUN/last.ckpt', 'ema')
+    recipe, tensors, run = read_run_weights(tmp_path/'RUN/last.ckpt', 'ema')
     assert (recipe.activation, recipe.pos, run['data']) == ('ln_relu', 'rel', str(bad)) and any('relative_position' in name for name in tensors)
     vdc_eval(checkpoint=str(tmp_path/'RUN/last.ckpt'), weights='ema', json=str(tmp_path/'r.json'))
     (row,) = json.loads((tmp_path/'r.json').read_text())
@@ -540,7 +540,7 @@ def test_a_swin_trained_by_the_command(tree, tmp_path):
     body = json.dumps(dict(patch_size=2, depths=[1, 1], window_size=4), separators=(',', ':'))
     vdc_train(data=str(tree), recipe='swin_t', activation='ln_relu', out=str(tmp_path/'RUN'), epochs='1', warmup_epochs='0.5', batch_size='32', workers='0',
               set=f"num_classes=4 img_size=32 embed_dim=16 num_heads=[2,4] 'model_args={body}'")
-    recipe, tensors, _ = read_weights(tmp_path/'RUN/model.safetensors')
+    recipe, tensors, _ = read_run_weights(tmp_path/'RUN/model.safetensors')
     assert (recipe.name, recipe.drop_path, recipe.activation) == ('swin_t', 0.2, 'ln_relu')
     assert any(name.endswith('relative_position_bias_table') for name in tensors) and any('.act.' in name for name in tensors)
 

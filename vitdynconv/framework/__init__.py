@@ -4,7 +4,7 @@ from vitdynconv import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     spec="KernelSpec generators kernel_makers generator_weights",
-    probe="describe table1",
+    description="describe table1",
     space="design_space why_not build against_definition",
     proofs="equivalence_table",
     rows="convnext_models selection_models",

@@ -93,8 +93,8 @@ def sum_over_taps(
     windows: list,   # where each tap meets the map, from `taps`
 ) -> Tensor:         # (b, g, c / g, *out)
     "Shift, multiply, add, once for each tap."
-    y = 0
-    for tap, window in enumerate(windows): y = y + kernels[:, :, tap, None] * x[window]
+    y = x.new_zeros(())
+    for tap, window in enumerate(windows): y = torch.addcmul(y, kernels[:, :, tap, None], x[window])
     return y
 
 # %% ../../nbs/layers/10_dynconv.ipynb #localfn1

@@ -12,8 +12,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from .attention import DynamicConvAttention
 from .depthwise import DepthwiseSelfAttention
-from .mixer import split_heads
-from .kxk import Neighbors
+from .mixer import Neighbors, split_heads
 from ..tools.compat import one_operation
 
 # %% ../../nbs/layers/12_strided.ipynb #strd0009

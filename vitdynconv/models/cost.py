@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CONVENTIONS', 'FIRST_IS_LEFT', 'SECOND_IS_LEFT', 'NORMS', 'POOLS', 'FOURIER', 'ELEMENTWISE', 'REDUCTIONS', 'MOVES',
            'MAKERS', 'FREE', 'FORMS', 'Cost', 'numel', 'written', 'nothing', 'product_macs', 'attention_macs',
-           'attention_acts', 'conv_macs', 'norm_macs', 'is_complex', 'fourier_macs', 'multiply_macs', 'OperatorRule',
-           'operators', 'unknown', 'operator_score', 'score_inside', 'analyse', 'quiet', 'scored', 'scored_inside',
-           'merged_attention', 'computed_as', 'head_names', 'image_size', 'Count', 'count', 'measure', 'without_memory',
-           'stand_in', 'leave_out', 'total_of', 'peak_memory']
+           'attention_acts', 'conv_macs', 'norm_macs', 'is_complex', 'fourier_macs', 'multiply_macs', 'accumulated',
+           'OperatorRule', 'operators', 'unknown', 'operator_score', 'score_inside', 'analyse', 'quiet', 'scored',
+           'scored_inside', 'merged_attention', 'computed_as', 'image_size', 'Count', 'count', 'measure',
+           'without_memory', 'stand_in', 'leave_out', 'total_of', 'peak_memory']
 
 # %% ../../nbs/models/11_cost.ipynb #e546f67c
 import copy
@@ -28,6 +28,8 @@ from torch.profiler import profile, ProfilerActivity
 from ..layers.attention import DynamicConvAttention
 from ..layers.depthwise import DepthwiseSelfAttention, depthwise_attention
 from ..layers.equivalence import attention
+from .fitting import classifier_names
+from ..tools.compat import memory_changes
 
 # %% ../../nbs/models/11_cost.ipynb #c9913834
 CONVENTIONS = {  # name -> options of `count`
@@ -121,6 +123,10 @@ def multiply_macs(inputs, outputs) -> int:
     "Element-wise products are free, but for complex ones: between spectra they are the convolution."
     return 4 * numel(outputs[0]) if is_complex(outputs[0]) else 0
 
+def accumulated(inputs, outputs) -> int:
+    "A product that is added to a sum: one tap of a convolution with a kernel for each position."
+    return numel(outputs[0])
+
 # %% ../../nbs/models/11_cost.ipynb #6c8e3d07
 class OperatorRule(NamedTuple):
     "What an operator costs: two functions of its traced inputs and outputs."
@@ -144,7 +150,8 @@ def operators(layernorm: int = 5) -> dict[str, OperatorRule]:
         'einsum': OperatorRule(einsum_flop_jit, written),
         'scaled_dot_product_attention': OperatorRule(attention_macs, attention_acts),
         'batch_norm': OperatorRule(batchnorm_flop_jit),
-        'mul': OperatorRule(multiply_macs), 'mul_': OperatorRule(multiply_macs)}
+        'mul': OperatorRule(multiply_macs), 'mul_': OperatorRule(multiply_macs),
+        'addcmul': OperatorRule(accumulated), 'addcmul_': OperatorRule(accumulated)}
     for name in FIRST_IS_LEFT: rules[name] = OperatorRule(product_macs, written)
     for name in SECOND_IS_LEFT: rules[name] = OperatorRule(partial(product_macs, left=1), written)
     for name, weight in NORMS.items(): rules[name] = OperatorRule(partial(norm_macs, each=layernorm, weight=weight))
@@ -153,7 +160,7 @@ def operators(layernorm: int = 5) -> dict[str, OperatorRule]:
     return {f'aten::{name}': rule for name, rule in rules.items()}
 
 # %% ../../nbs/models/11_cost.ipynb #a362666f
-ELEMENTWISE = """add sub rsub div neg abs pow square sqrt rsqrt exp log sin cos reciprocal addcmul
+ELEMENTWISE = """add sub rsub div neg abs pow square sqrt rsqrt exp log sin cos reciprocal
 addcdiv lerp where floor ceil round sign remainder floor_divide relu relu6 gelu silu sigmoid tanh
 softplus mish elu selu leaky_relu prelu hardtanh hardswish hardsigmoid clamp clamp_min clamp_max dropout
 feature_dropout masked_fill lt le gt ge eq ne logical_not logical_and logical_or bitwise_not bitwise_and
@@ -289,17 +296,6 @@ def computed_as(
     finally:
         for mixer, backend in before.items(): mixer.backend = backend
 
-# %% ../../nbs/models/11_cost.ipynb #5f3097dd
-def head_names(
-    model: nn.Module, # a timm model, or any with `get_classifier`
-) -> list[str]:       # dotted names
-    "The classifiers of a model. One that names none has none to leave out."
-    if not hasattr(model, 'get_classifier'): return []
-    head = model.get_classifier()
-    heads = ([head] if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList)
-             else list(head or ()))
-    return [name for name, m in model.named_modules() if m in heads]
-
 # %% ../../nbs/models/11_cost.ipynb #9aa3d16e
 def image_size(
     model: nn.Module,       # a timm model, unless `input_size` is given
@@ -365,7 +361,7 @@ def count(
         raise ValueError(f'the model refuses an image of {size}: {e}; build it for this size (img_size=) or '
                          'call set_input_size') from e
     if not head:
-        for name in head_names(model): leave_out(scores, name)
+        for name in classifier_names(model): leave_out(scores, name)
     modules = {}
     for name, m in model.named_modules():
         found = scores.get(name, Counter())
@@ -426,10 +422,8 @@ def peak_memory(
     """The most memory that a call holds at any moment beyond what was there before, temporaries within
     operators included (CPU)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler: run()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == '[memory]')
     held = peak = 0
-    for _, change in changes:
+    for change in memory_changes(profiler):
         held += change
         peak = max(peak, held)
     return peak

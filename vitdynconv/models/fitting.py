@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['factor_pairs', 'grid_like', 'grids_of_table', 'possible_grids', 'grid_in', 'on_grid_of', 'fits', 'adopt_mixtures',
-           'first_convolution', 'with_channels', 'with_shape', 'head_names', 'without_heads', 'is_finished',
+           'first_convolution', 'with_channels', 'with_shape', 'classifier_names', 'without_heads', 'is_finished',
            'checkpoint_filter_fn', 'noted_grids', 'with_shapes', 'check_names']
 
 # %% ../../nbs/models/07_fitting.ipynb #ft00im
@@ -149,16 +149,20 @@ def with_shape(
     return weight
 
 # %% ../../nbs/models/07_fitting.ipynb #w007he
-def head_names(model: nn.Module) -> tuple:
-    "Paths of the classifiers of a model."
+def classifier_names(
+    model: nn.Module, # a timm model, or any with `get_classifier`
+) -> list[str]:       # dotted names
+    "The classifiers of a model, two in distilled ones; none where a model does not tell its classifier."
+    if not hasattr(model, 'get_classifier'): return []
     heads = model.get_classifier()
-    heads = heads if isinstance(heads, (tuple, list)) else (heads,)
-    return tuple(n for n, m in model.named_modules() if m in heads)
+    several = isinstance(heads, (tuple, list, nn.ModuleList))
+    heads = list(heads) if several else [heads]
+    return [name for name, module in model.named_modules() if module in heads]
 
 # %% ../../nbs/models/07_fitting.ipynb #9d48202a
 def without_heads(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     "The weights that do not belong to a classifier."
-    starts = tuple(f'{name}.' for name in head_names(model))
+    starts = tuple(f'{name}.' for name in classifier_names(model))
     return {n: w for n, w in state.items() if not n.startswith(starts)}
 
 # %% ../../nbs/models/07_fitting.ipynb #d537f453
@@ -213,7 +217,7 @@ def with_shapes(
     noted: tuple[int, int] | None = None, # the grid of the file's patches, where the file says it
 ) -> dict[str, Tensor]:       # with the model's names and shapes
     "Adapt the rest, and take the model's own head where the file has another."
-    own, heads = model.state_dict(), tuple(f'{name}.' for name in head_names(model))
+    own, heads = model.state_dict(), tuple(f'{name}.' for name in classifier_names(model))
     result = {}
     turned = {'pos_embed'} if noted and noted != model.patch_embed.grid_size else {}
     for name, like in own.items():

@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 from . import mixers, pyramid
-from .bundled import BODIES, fashion_config, with_weights
+from .bundled import FASHION_BODIES, fashion_config, with_weights
 from .backbones import BACKBONES, backbone_class, find_mixers
 from .paper import PAPER_BASES
 from .surgery import Settings, convert
@@ -53,7 +53,7 @@ def unlike(model: nn.Module, state: dict) -> str:
     return ''
 
 # %% ../../nbs/models/10_registry.ipynb #b17239b2
-OWN = pyramid.BODIES | mixers.BODIES  # name -> a body that timm does not have
+OWN = pyramid.PYRAMID_BODIES | mixers.MIXER_BODIES  # name -> a body that timm does not have
 
 def kind_of(
     base: str, # timm's name of a body, or a key of `OWN`
@@ -263,16 +263,16 @@ def paper_model(
 
 # %% ../../nbs/models/10_registry.ipynb #fw1reg
 def register_fashion(
-    name: str, # a key of `BODIES`
+    name: str, # a key of `FASHION_BODIES`
 ) -> None:
     "Enter a small network with trained weights into timm's registry."
-    base = BODIES[name].base
+    base = FASHION_BODIES[name].base
     def entry(pretrained=False, **kwargs):
         pretrained, kwargs = with_weights(name, pretrained, kwargs)
         return build_entry(name, base, None, pretrained, **kwargs)
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f'A small {base} for Fashion-MNIST; some variants have trained weights.'
-    default_cfgs.update(generate_default_cfgs({name: fashion_config(BODIES[name])}))
+    default_cfgs.update(generate_default_cfgs({name: fashion_config(FASHION_BODIES[name])}))
     ENTRIES[name] = register_model(entry)
 
-for name in BODIES: register_fashion(name)
+for name in FASHION_BODIES: register_fashion(name)

@@ -45,9 +45,9 @@ def make_weights(
     "Train the networks that come with the library, or go on with it."
     if plan or workers:
         raise ValueError(f'--{"plan" if plan else "workers"} is for a study, not for --weights; leave it out')
-    from vitdynconv.models.bundled import BODIES
+    from vitdynconv.models.bundled import FASHION_BODIES
     from vitdynconv.study.weights import train_weights
-    names = ('state', '.lock', '.vdc_', *BODIES)  # how everything begins that is written there
+    names = ('state', '.lock', '.vdc_', *FASHION_BODIES)  # how everything begins that is written there
     own = lambda folder: all(path.name.startswith(names) for path in folder.iterdir())
     check_own_folder(out, own).mkdir(parents=True, exist_ok=True)
     lock = RunLock(out)

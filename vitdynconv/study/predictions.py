@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 from ..models.paper import TABLE2, TABLE3
 from .measures import Finding, MARGIN, paired, verdict
-from .plan import ROW, Row
+from .plan import ROW, StudyRow
 
 # %% ../../nbs/study/05_predictions.ipynb #pr06ex
 def net(
@@ -23,9 +23,9 @@ def net(
     pos='rel',        # or 'abs'
     cls=None,         # with a class token; None: as the body has it
     kernel='pair',    # or 'depthwise'
-) -> Row:
+) -> StudyRow:
     "A row of the study. A ViT has a class token unless something else is said."
-    return Row(base, activation, kernel, pos, base == 'vit' if cls is None else cls)
+    return StudyRow(base, activation, kernel, pos, base == 'vit' if cls is None else cls)
 
 vit_abs = partial(net, 'vit', pos='abs')
 vit_rel = partial(net, 'vit')
@@ -39,8 +39,8 @@ deep_swin = net('swin', 'scaling', kernel='depthwise')
 def table2(
     claim: str,        # in our words
     numbers: str,      # of the paper
-    row: Row,
-    other: Row,        # compared with
+    row: StudyRow,
+    other: StudyRow,   # compared with
     expected: str,     # 'less', 'more' or 'as good'
     minus=None,        # two more rows whose difference is taken off
 ) -> Finding:
@@ -148,7 +148,7 @@ def holm(
 
 def p_value(
     finding: Finding,
-    runs: pd.DataFrame,  # of `measure`
+    runs: pd.DataFrame,  # of `measure_runs`
     margin=MARGIN,       # points that 'as good' allows
 ) -> float:              # two-sided, Student's t
     "How likely differences this far from the edge would be if the mean were the edge."
@@ -161,7 +161,7 @@ def p_value(
 # %% ../../nbs/study/05_predictions.ipynb #pr19ex
 def judge(
     family: list[Finding],
-    runs: pd.DataFrame,    # of `measure`
+    runs: pd.DataFrame,    # of `measure_runs`
     margin=MARGIN,         # points that 'as good' allows
     level=.05,
 ) -> pd.DataFrame:         # one line for each finding: claim, source, what, expected, mean, low, high, p, verdict
@@ -176,13 +176,13 @@ def judge(
     return pd.DataFrame(lines)
 
 # %% ../../nbs/study/05_predictions.ipynb #pr24ex
-def paper_accuracies() -> dict[Row, float]:
+def paper_accuracies() -> dict[StudyRow, float]:
     "The paper's top-1 accuracies, in percent, for the rows of a study (Tables 2 and 3)."
     bodies = dict(deit_s='vit', swin_t='swin')
     found = {}
     for row in TABLE2:
         body = bodies[row['base']]
-        found[Row(body, row['activation'], 'pair', row['pos'], row['class_token'])] = row['top1']
+        found[StudyRow(body, row['activation'], 'pair', row['pos'], row['class_token'])] = row['top1']
     for row in TABLE3:
         if row['kernel'] != 'depthwise' or row['base'] not in bodies: continue
         body = bodies[row['base']]
@@ -192,7 +192,7 @@ def paper_accuracies() -> dict[Row, float]:
 # %% ../../nbs/study/05_predictions.ipynb #pr26de
 def decidable(
     family: list[Finding],
-    runs: pd.DataFrame,  # of `measure`
+    runs: pd.DataFrame,  # of `measure_runs`
 ) -> list[Finding]:
     "The findings that are about rows that were run."
     ran = set(runs[ROW].itertuples(index=False, name=None))
@@ -201,7 +201,7 @@ def decidable(
 
 # %% ../../nbs/study/05_predictions.ipynb #pr26ex
 def evidence(
-    runs: pd.DataFrame, # of `measure`
+    runs: pd.DataFrame, # of `measure_runs`
     margin=MARGIN,      # points that 'as good' allows
 ) -> pd.DataFrame:      # those of `judge`, and paper, before, after: points and percent
     """The predictions about accuracy of the networks that were run: the paper's difference, both of our

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'SOFTMAX_EPOCHS', 'ORDER', 'PLAIN', 'weights_recipe', 'wanted', 'variant_name', 'commit', 'rounded',
-           'sample_score', 'weights_record', 'train_network', 'EpochLine', 'train_weights']
+           'sample_score', 'weights_record', 'train_bundled', 'EpochLine', 'train_weights']
 
 # %% ../../nbs/study/04_weights.ipynb #ww03im
 import copy
@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from torch import nn
 import vitdynconv
 from ..data.fashion import fashion_dls, sample_images
-from ..models.bundled import BODIES, file_name
+from ..models.bundled import FASHION_BODIES, file_name
 from ..train.build import recipe_model, run_images
 from ..train.checkpoint import Checkpoints, load_checkpoint, restore, save_weights
 from ..train.evaluate import evaluate
@@ -31,7 +31,7 @@ ORDER = 'softmax', 'ln_relu', 'depthwise', 'scaling_relu'  # what most pages use
 PLAIN = dict(shift=0, flip=0.)  # no augmentation, in the words of `fashion_dls`
 
 def weights_recipe(
-    name: str,       # a key of `BODIES`
+    name: str,       # a key of `FASHION_BODIES`
     activation: str,
     kernel: str,
     **settings,      # of `Recipe`, instead of those here
@@ -41,14 +41,14 @@ def weights_recipe(
     epochs = SOFTMAX_EPOCHS if softmax else EPOCHS[name]
     fields = dict(
         model=name, activation=activation, kernel=kernel, class_token=None, in_chans=1, num_classes=10,
-        img_size=BODIES[name].settings['img_size'], epochs=epochs, lr=2e-3, warmup_epochs=.3,
+        img_size=FASHION_BODIES[name].settings['img_size'], epochs=epochs, lr=2e-3, warmup_epochs=.3,
         label_smoothing=0., workers=0, keep_best=0, seed=1)
     return small_recipe(name, 64, **fields | settings)
 
 def wanted() -> list[tuple]:  # name, activation, kernel
     "The networks, the most used first."
     found = []
-    for name, body in BODIES.items():
+    for name, body in FASHION_BODIES.items():
         for variant in body.weights:
             depthwise = variant == 'depthwise'
             found.append((name, 'scaling', variant) if depthwise else (name, variant, 'pair'))
@@ -97,7 +97,7 @@ def weights_record(
         commit=commit(), torch=torch.__version__, license='MIT',
         parameters=sum(p.numel() for p in model.parameters()))
 
-def train_network(
+def train_bundled(
     recipe: Recipe,  # of `weights_recipe`
     folder: Path,    # for its state; what is there is gone on with
     file: Path,      # the weights are written to
@@ -143,7 +143,7 @@ def train_weights(
         file = out / file_name(one[0], variant_name(one))
         files.append(file)
         if file.exists(): continue
-        record = train_network(weights_recipe(*one), out / 'state' / file.stem, file)
+        record = train_bundled(weights_recipe(*one), out / 'state' / file.stem, file)
         print(f'{file.name}: {record["accuracy"]:.2%} of the test images, '
               f'{record["samples"]} of the 200 that come along', flush=True)
     return files

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INSTALL', 'FULL_DISK', 'DAMAGED', 'DEAD_PROCESS', 'DEAD_PROCESS_CLASSES', 'CONVERTERS', 'format_value',
-           'format_table', 'exit_with_message', 'check_choice', 'shell_words', 'short_message', 'is_dead_process',
-           'is_out_of_memory', 'is_full_disk', 'explain_error', 'explain_missing', 'exit_on_error', 'Option',
-           'options_of', 'whole_number', 'number', 'without_none', 'argument_settings', 'CommandParser', 'with_hyphens',
-           'runs_as_module', 'runs_as_script', 'command']
+           'format_table', 'exit_with_message', 'check_choice', 'check_threads', 'shell_words', 'short_message',
+           'is_dead_process', 'is_out_of_memory', 'is_full_disk', 'explain_error', 'explain_missing', 'exit_on_error',
+           'Option', 'options_of', 'whole_number', 'number', 'without_none', 'argument_settings', 'CommandParser',
+           'with_hyphens', 'runs_as_module', 'runs_as_script', 'command']
 
 # %% ../../nbs/tools/03_cli.ipynb #8abd05ab
 import argparse
@@ -89,6 +89,16 @@ def check_choice(
     raise ValueError(f'{option} {value} is unknown{suggestion} choose from {", ".join(choices)}')
 
 # %% ../../nbs/tools/03_cli.ipynb #shellwo1
+def check_threads(
+    threads: int,   # of PyTorch
+    least: int = 1, # that may be given
+) -> None:          # nothing: raises ValueError
+    "Refuse more threads than this machine has processors: PyTorch crashes on a huge number."
+    most = os.cpu_count() or 1
+    if threads < least: raise ValueError(f'--threads {threads} is no number of threads; give {least} or more')
+    if threads > most:
+        raise ValueError(f'--threads {threads}: this machine has {most} processors; give {most} or less')
+
 def shell_words(
     *paths,  # of files or folders
 ) -> str:
@@ -275,12 +285,23 @@ class CommandParser(argparse.ArgumentParser):
         if '--' in flags: flags = flags[:flags.index('--')]
         for flag in flags: self.check_flag(flag)
         self.check_repeated([flag for flag in flags if flag.startswith('--')])
-        return vars(self.parse_args(words))
+        values = vars(self.parse_args(words))
+        self.check_files(values)
+        return values
 
     def check_repeated(self, flags: list[str]) -> None:
         "Refuse an option that is given twice: one of its values would be ignored."
         for flag in flags:
             if flags.count(flag) > 1: self.error(f'{flag} is given {flags.count(flag)} times: leave one')
+
+    def check_files(self, values: dict) -> None:
+        "Refuse one file for two results: the second would take the place of the first."
+        named = {}
+        for name in 'csv', 'json', 'plot', 'out':
+            place = os.path.abspath(values.get(name) or '')
+            if not values.get(name): continue
+            if place in named: self.error(f'--{named[place]} and --{name} name the same file, {values[name]}')
+            named[place] = name
 
     def check_flag(self, word: str) -> None:
         "Refuse an option that there is not, before its value is taken for something else."

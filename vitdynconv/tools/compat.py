@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIVATE_NAMES', 'HOOKS', 'PrivateName', 'swin_attention', 'add_position', 'forget_argument', 'private_hooks',
            'set_hyper', 'update_schedule', 'run_epoch', 'move_batch', 'with_notes', 'notes_in', 'with_metadata',
-           'one_operation']
+           'one_operation', 'memory_changes', 'watched_results']
 
 # %% ../../nbs/tools/02_compat.ipynb #compat03
 from collections import OrderedDict
@@ -44,6 +44,9 @@ PRIVATE_NAMES = [
     PrivateName('torch.nn:Module._load_from_state_dict', '2.15.0',
                 'takes `_metadata`, what a state dict says of each module: there is the grid of a file of weights',
                 'none for a file: `state_dict` hooks are given it, `torch.load` only keeps it'),
+    PrivateName('torch._C._autograd:_ProfilerResult.events', '2.15.0',
+                'every reservation and release of memory with its time, in `profile.profiler.kineto_results`',
+                'none: `profile.events` adds up the memory of each operator, without its peak'),
     PrivateName('fastai.optimizer:Optimizer._set_hyper', '2.8.7',
                 'sets one hyperparameter; fastai deep-copies all of them at each step',
                 '`set_hyper`, which is slower'),
@@ -65,6 +68,9 @@ PRIVATE_NAMES = [
                 'none: `Recorder` writes them by this name'),
     PrivateName('fastai.data.core:TfmdDL._pre_show_batch', '2.8.7',
                 'decodes a batch before `show_batch` draws it', 'none'),
+    PrivateName('torch.utils._python_dispatch:TorchDispatchMode', '2.15',
+                'sees each operation, those of the backward pass included; documented only under this name',
+                'none: `TorchFunctionMode` does not see the backward pass'),
 ]
 
 # %% ../../nbs/tools/02_compat.ipynb #compat10
@@ -167,3 +173,25 @@ def one_operation(
         return tracer.call_module(self, whole, args, kwargs)
     cls.__call__ = call
     return register_notrace_module(cls)
+
+# %% ../../nbs/tools/02_compat.ipynb #memch002
+def memory_changes(profiler) -> list[int]: # bytes, in the order of time
+    "What a finished `torch.profiler.profile` with `profile_memory` saw: reservations above 0, releases below."
+    events = profiler.profiler.kineto_results.events()
+    records = [(event.start_ns(), event.nbytes()) for event in events if event.name() == '[memory]']
+    return [number for _, number in sorted(records)]
+
+# %% ../../nbs/tools/02_compat.ipynb #watchre2
+def watched_results(
+    see,  # function, called with each tensor that an operation makes
+):        # context manager
+    "Look at the result of each operation, forward and backward, while the context is open."
+    from torch import Tensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for each in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(each, Tensor): see(each)
+            return result
+    return Watch()

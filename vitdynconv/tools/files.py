@@ -91,6 +91,8 @@ def check_own_folder(
     path = Path(folder).absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(f'{option} {folder} is a file; name a folder, which may be new')
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f'{option} {folder} is a link to a place that does not exist; name a folder')
     parent = next(place for place in (path, *path.parents) if place.exists())
     if not parent.is_dir():
         raise ValueError(f'{option} {folder} lies in {parent}, which is a file; name a folder')

@@ -84,7 +84,8 @@ def load_checkpoint(
     except Exception as error:
         reason = re.split(r'\.\s|\n', str(error).strip())[0][:200] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError): reason = 'it holds more than tensors and plain values'
-        if not any(map(str.isalpha, reason)): reason = 'torch.save has not written it'
+        is_other = isinstance(error, (EOFError, LookupError, OSError)) or not any(map(str.isalpha, reason))
+        if is_other: reason = 'torch.save has not written it'
         size = f'{path.stat().st_size:,} bytes'
         problem = f'{path} is damaged, cut short or not a checkpoint ({size}): {reason}'
         raise CheckpointError(problem) from error

@@ -39,9 +39,11 @@ def check_out(
     folder = Path(folder)
     tree = data if data and not reader and Path(data).is_dir() else ''
     if tree and folder.resolve().is_relative_to(Path(tree).resolve()):
-        raise ValueError(f'out={str(folder)!r} lies in the data, {data}: its pictures would be a class; give a '
-                         'folder elsewhere')
+        raise ValueError(f'out={str(folder)!r} lies in the data, {data}, which hold pictures and '
+                         'no runs; give a folder elsewhere')
     if folder.is_file(): raise ValueError(f'out={str(folder)!r} is a file; give a new folder')
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f'out={str(folder)!r} is a link to a place that does not exist; give a new folder')
     refuse_training_run(folder.absolute().parent)
     check_free(folder)
     if folder.is_dir() and any(folder.iterdir()) and not is_unfinished(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 from ..tools.cli import command, format_table
 from ..tools.files import check_target, save_rows
-from .evaluate import weights_file
+from .evaluate import best_of
 
 # %% ../../nbs/train/12_prediction.ipynb #8544d7cf
 class PictureTransform:
@@ -76,10 +76,10 @@ def load_run(
 ) -> LoadedRun:
     """A trained network with its transform and its class names. ValueError if there is none, or if it is
     damaged."""
-    from vitdynconv.train.evaluate import check_own_weights, model_with_weights, read_weights
+    from vitdynconv.train.evaluate import check_own_weights, model_with_weights, read_run_weights
     folder = path
-    path = weights_file(folder)
-    recipe, tensors, record = read_weights(path, weights)
+    path = best_of(folder, weights)
+    recipe, tensors, record = read_run_weights(path, weights)
     check_own_weights(folder, path, recipe)
     model = model_with_weights(recipe, tensors, path)
     classes = record.get('classes') or [str(number) for number in range(model.num_classes)]
@@ -104,7 +104,9 @@ def paths_in(
     if not str(place): raise ValueError('a path is empty: give pictures or folders of pictures')
     place = Path(place)
     if place.is_file(): return [place]
-    if not place.is_dir(): raise ValueError(f'{place} does not exist: give pictures or folders of pictures')
+    if not place.is_dir():
+        problem = 'is neither a file nor a folder' if place.exists() else 'does not exist'
+        raise ValueError(f'{place} {problem}: give pictures or folders of pictures')
     names = sorted(name for name, _ in visible_files(place) if is_image(name))
     if not names: raise ValueError(f'there is no picture in {place}')
     return [place/name for name in names]

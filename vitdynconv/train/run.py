@@ -284,7 +284,8 @@ def check_numbers(
 def print_plan(fields: dict, options: dict, assumed: dict):
     "What a run will cost; nothing is written."
     from vitdynconv.train.plan import Gpus, plan_of
-    if options['resume']: raise ValueError('--plan looks at a run before it begins: leave --resume out')
+    for name in 'resume', 'changed_data', 'log':
+        if options[name]: raise ValueError(f'--plan looks at a run before it begins: leave --{name} out')
     check_numbers(**assumed)
     fields_of = dict(gpus='count', gpu_memory='memory', gpu_speed='speed')
     given = {fields_of[name]: value for name, value in assumed.items() if value is not None}
@@ -320,7 +321,7 @@ def vdc_train(
     options = dict(data=data, recipe=recipe, out=out, resume=resume, set=set, reader=reader,
                    changed_data=changed_data)
     assumed = dict(gpus=gpus, gpu_memory=gpu_memory, gpu_speed=gpu_speed)
-    if plan: return print_plan(fields, options, assumed)
+    if plan: return print_plan(fields, options | dict(log=log), assumed)
     for name, value in assumed.items():
         if value is not None:
             raise ValueError(f'--{name} is an assumption of --plan: add --plan, or leave it out')

@@ -134,6 +134,7 @@ def network_data(
     return data
 
 # %% ../../nbs/viz/05_explorer.ipynb #6dbafac0
+#| code-fold: true
 NETWORK = '''
 const sum = a => a.reduce((s, v) => s + v, 0)
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer
@@ -202,6 +203,7 @@ class Network {
 }'''
 
 # %% ../../nbs/viz/05_explorer.ipynb #ea57a79d
+#| code-fold: true
 CANVASES = '''
 function explore(root, net, [row, column]) {
   const {h, w, n, patch: p} = net, ramp = net.ramp
@@ -269,6 +271,7 @@ function explore(root, net, [row, column]) {
 '''
 
 # %% ../../nbs/viz/05_explorer.ipynb #85b0cf4d
+#| code-fold: true
 CLICKS = '''
   const rowHint = 'In blue and yellow, the weight of each kernel at this position (a row of the matrix); '
     + 'point at a map to see where its kernel is used (a column). Below each, the output.'

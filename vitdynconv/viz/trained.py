@@ -80,6 +80,7 @@ def draw_head(
     return sheet
 
 # %% ../../nbs/viz/06_trained.ipynb #tr6jsx
+#| code-fold: true
 VIEWER = '''
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer
 const unpack = p => Float64Array.from(new Int16Array(bytes(p.data)), v => v * p.scale)
@@ -140,6 +141,7 @@ function exploreHead(root, data) {
 '''
 
 # %% ../../nbs/viz/06_trained.ipynb #tr6jsy
+#| code-fold: true
 DRAWING = '''
   for (const name in nets) for (const what of ['answers', 'weights', 'used at']) {
     const c = element(cards, 'div', 'min-width:0')

@@ -1,0 +1,111 @@
+"A signal, a full or read-only disk, while a run validates or writes: one line, and the run goes on to the same weights."
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from fastai.basics import Callback
+from forks import CONTEXT, run_here
+from safetensors import safe_open
+from test_practitioner import SMALL, line, write_pictures
+
+from vitdynconv.tools import files
+from vitdynconv.train import record, session
+from vitdynconv.train.record import LOCK
+from vitdynconv.train.run import vdc_train
+
+WORDS = ["--data", "pictures", "--out", "RUN", *[word for name, value in SMALL.items() for word in (f"--{name}", value)]]
+ENDS = {"model.safetensors", "model_ema.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "Pictures, and a run on them that nobody disturbs."
+    home = tmp_path_factory.mktemp("home")
+    write_pictures(home/"pictures")
+    vdc_train(data=str(home/"pictures"), out=str(home/"UNDISTURBED"), **SMALL)
+    return home
+
+
+def same_weights(home, run):
+    for name in ENDS:
+        with safe_open(home/"UNDISTURBED"/name, "pt") as a, safe_open(run/name, "pt") as b:
+            assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())
+
+
+class InValidation(Callback):
+    "Sends a signal in the middle of the first epoch's validation."
+    order = 90
+    def __init__(self, number): self.number = number
+    def before_batch(self):
+        if not self.training and self.epoch == 0: os.kill(os.getpid(), self.number)
+
+
+def struck(moment, number, *arguments):
+    "In a process of its own: the command, to which a signal comes at that moment."
+    watchers, replace, times = session.watchers, os.replace, []
+    def with_signal(*words, **more): return [*watchers(*words, **more), InValidation(number)]
+    def while_written(source, target):
+        if Path(target).name == moment: times.append(target)
+        if len(times) == (2 if moment == "last.ckpt" else 1): os.kill(os.getpid(), number)
+        return replace(source, target)
+    if moment == "validation": session.watchers = with_signal
+    else: files.os.replace = while_written
+    run_here(*arguments)
+
+
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}
+STRIKES = [(moment, name) for moment in ("validation", "last.ckpt") for name in SIGNALS]
+STRIKES += [("best.safetensors", "SIGKILL"), ("history.csv", "SIGTERM"), ("model.safetensors", "SIGINT"), ("model_ema.safetensors", "SIGKILL")]
+
+
+@pytest.mark.parametrize("moment, name", STRIKES)
+def test_a_signal_while_a_run_validates_or_writes_loses_nothing(home, tmp_path, moment, name):
+    (tmp_path/"pictures").symlink_to(home/"pictures")
+    errors = tmp_path/"errors"
+    process = CONTEXT.Process(target=struck, args=(moment, getattr(signal, name), "vdc_train", WORDS, str(tmp_path), str(tmp_path/"out"), str(errors), {}))
+    process.start()
+    process.join(120)
+    assert process.exitcode == SIGNALS[name], errors.read_text()
+    run, said = tmp_path/"RUN", errors.read_text()
+    state = torch.load(run/"last.ckpt", weights_only=True)
+    assert state["epoch"] == {"validation": 0, "last.ckpt": 0}.get(moment, 2 if moment in ENDS else 1)
+    if name != "SIGKILL":
+        assert said.count("\n") == 1 and said.strip().endswith("go on with: vdc_train --resume RUN"), said
+        assert not list(run.glob(".*")), "no lock and nothing half-written is left"
+    vdc_train(resume=str(run))
+    same_weights(home, run)
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize("number, words", [(28, "disk is full|No space left"), (30, "[Rr]ead-only file system"), (122, "[Dd]isk quota")])
+def test_a_disk_that_takes_nothing_more_leaves_a_finished_epoch_as_it_is(home, tmp_path, monkeypatch, capsys, number, words):
+    "Full, read-only or over the quota, when a run goes on."
+    run = shutil.copytree(home/"UNDISTURBED", tmp_path/"RUN")
+    state = torch.load(run/"last.ckpt", weights_only=True)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    def refused(path, mode="r", *more, **options):
+        if set(mode) & set("wax+"): raise OSError(number, os.strerror(number), str(path))
+        return open(path, mode, *more, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", refused, raising=False)
+        if number == 30: patch.setattr(record, "open", refused, raising=False)
+        with pytest.raises(SystemExit) as end: vdc_train(resume=str(run))
+    said = capsys.readouterr().err
+    assert end.value.code in (1, 2) and said.count("\n") == 1, said
+    assert re.search(words, said), said
+    assert state["epoch"] == 2 and {path.name: path.read_bytes() for path in run.iterdir()} == before
+    vdc_train(resume=str(run))
+
+
+@pytest.mark.parametrize("name", [LOCK, "last.ckpt", "recipe.json", "run.json"])
+def test_a_folder_in_the_place_of_a_file_of_a_run(home, tmp_path, capsys, name):
+    run = shutil.copytree(home/"UNDISTURBED", tmp_path/"RUN")
+    (run/name).unlink(missing_ok=True)
+    (run/name).mkdir()
+    before = sorted(run.iterdir())
+    assert name in line(capsys, vdc_train, resume=str(run))
+    assert sorted(run.iterdir()) == before
