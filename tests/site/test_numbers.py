@@ -1,0 +1,81 @@
+"Numbers that the prose repeats are those of the files that they come from."
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+from vitdynconv.models.paper import TABLE2, TABLE3
+
+ROOT = Path(__file__).resolve().parents[2]
+NBS = ROOT/"nbs"
+ViT, SWIN = "vit", "swin"
+
+
+def prose(page):
+    cells = json.loads((NBS/page).read_text())["cells"]
+    return " ".join("\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").split())
+
+
+def lines(file):
+    with open(NBS/file, newline="") as opened: return list(csv.DictReader(opened))
+
+
+def accuracies():
+    "Percent right after the last epoch, of every seed: (base, activation, kernel, pos, class token) -> list."
+    last = {}
+    for row in lines("results/convergence/history.csv"):
+        network = row["base"], row["activation"], row["kernel"], row["pos"], row["cls"] == "True"
+        last[network, row["seed"]] = 100 * float(row["accuracy"])
+    found = defaultdict(list)
+    for (network, _), accuracy in last.items(): found[network].append(accuracy)
+    return found
+
+
+def test_convergence_in_plain_words():
+    text, found = prose("results/convergence.ipynb"), accuracies()
+    ends = {network: mean(values) for network, values in found.items()}
+    changes = [((SWIN, "none", "pair", "rel", False), (SWIN, "scaling", "pair", "rel", False)),
+               ((ViT, "scaling", "depthwise", "abs", True), (ViT, "scaling", "depthwise", "rel", True)),
+               ((ViT, "ln", "pair", "rel", True), (ViT, "ln", "pair", "rel", False))]
+    for before, after in changes: assert f"({ends[before]:.0f} to {ends[after]:.0f}%)" in text
+    assert f"our softmax Swin reached {ends[SWIN, 'softmax', 'pair', 'rel', False]:.0f}%" in text
+    assert f"the dense one reached {ends[ViT, 'scaling', 'pair', 'rel', True]:.0f}%" in text
+    widest = max((values for network, values in found.items() if network[0] == ViT), key=lambda v: max(v) - min(v))
+    assert widest == found[ViT, "softmax", "pair", "abs", True] and f"up to {max(widest) - min(widest):.0f} points apart" in text
+    assert f"from {min(widest):.0f} to {max(widest):.0f}%" in text
+
+
+def test_where_the_networks_of_the_study_end():
+    text, ends = prose("study/05_predictions.ipynb"), [mean(values) for values in accuracies().values()]
+    assert f"end between {min(ends):.0f} and {max(ends):.0f}%" in text
+    vit, swin = (100 * float(row["accuracy on held-out training images"]) for row in lines("results/convergence/pilots.csv")
+                 if row["remark"].endswith("taken for the study"))
+    assert f"ended at {vit:.1f} and {swin:.1f}%" in text
+
+
+def test_the_first_page_quotes_the_paper():
+    text = prose("index.ipynb")
+    top1 = {(row["base"], row["activation"], row["kernel"], row["pos"]): row["top1"] for row in TABLE3}
+    lost = [accuracy - top1[base, "scaling", "depthwise", pos] for (base, activation, _, pos), accuracy in top1.items()
+            if activation == "softmax" and pos == "rel"]
+    assert len(lost) == 4 and f"loses {min(lost):.1f} to {max(lost):.1f} points" in text
+    swin = {row["activation"]: row["top1"] for row in TABLE2 if row["base"] == "swin_t" and row["pos"] == "rel"}
+    assert f"from {swin['softmax']:.2f} to {swin['ln_relu']:.2f} %" in text
+
+
+def test_the_missed_goals_of_the_page_on_speed():
+    "The page names them in words: scaling and ln from 197 on, ReLU in windows, ln_relu up to 197, relative position."
+    missed = defaultdict(set)
+    rows = [row for row in lines("results/speed.csv") if row["met"] == "no"]
+    for row in rows: missed[row["work"]].add(int(row["size"].split("=")[1]))
+    assert missed == {"scaling": {197, 784, 3136}, "ln": {197, 784, 3136}, "scaling_relu": {49}, "ln_relu": {49, 197}, "relative position": {3136}}
+    limit = {(row["work"].endswith("gradients"), row["size"]): float(row["ratio"]) for row in lines("results/speed.csv") if row["work"].startswith("matrix-product limit")}
+    slower = {size for (training, size), ratio in limit.items() if training and ratio > 1}
+    assert slower == {"N = 49", "N = 197"} and "at 49 and at 197 positions fused softmax is faster" in prose("results/speed.ipynb")
+
+
+def test_sizes():
+    assert f"70,000 x 28 x 28, {70_000 * 28 ** 2 / 1e6:.0f} MB" in prose("data/03_fashion.ipynb")
+    files = list((ROOT/"vitdynconv/bundled").glob("*.safetensors"))
+    assert len(files) == 7 and sum(file.stat().st_size for file in files) < 2e6, "smaller than one photograph of a camera"
