@@ -75,6 +75,14 @@ def test_the_missed_goals_of_the_page_on_speed():
     assert slower == {"N = 49", "N = 197"} and "at 49 and at 197 positions fused softmax is faster" in prose("results/speed.ipynb")
 
 
+def test_a_whole_swin_with_scaling():
+    ratio = {row["work"]: float(row["ratio"]) for row in lines("results/speed.csv") if row["suite"] == "model"}
+    for base in ("swin_t", "swin_b"):
+        assert ratio[f"{base} scaling rel, inference"] > ratio[f"{base} softmax rel, inference"]
+        assert ratio[f"{base} softmax rel, training"] - .06 < ratio[f"{base} scaling rel, training"] < ratio[f"{base} softmax rel, training"]
+    assert "slower than one with softmax in inference, and a little faster in training" in prose("fast/00_products.ipynb")
+
+
 def test_sizes():
     assert f"70,000 x 28 x 28, {70_000 * 28 ** 2 / 1e6:.0f} MB" in prose("data/03_fashion.ipynb")
     files = list((ROOT/"vitdynconv/bundled").glob("*.safetensors"))
