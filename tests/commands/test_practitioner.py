@@ -396,7 +396,7 @@ TOLD = {
         "--data pictures --out NEW --rand-augment nonsense", "--data pictures --out NEW --rand-augment rand-mx", "--out NEW --crop-pct .5", "--data fashion --out NEW --random-erasing 0.5",
         "--data pictures --out NEW --model swin_tiny_patch4_window7_224", "--data pictures --out /proc/run", "--data pictures --out .", "--resume text", "--resume pictures", "--resume RUN/best.safetensors --out NEW",
         "--resume RUN/last.ckpt --out NEW --epochs 1", "--resume cut_ckpt", "--resume other_ckpt", "--resume no_data", "--resume strange", "--resume old", "--resume not_json", "--resume other_field",
-        "--data sp --out sp/run", "--data pictures --out dangling", "--data pictures --out NEW --log ,", "--data pictures --out NEW --set =3", "--plan --img-size 3", "--plan --log tensorboard",
+        "--data sp --out sp/run", "--data pictures --out dangling", "--data pictures --out NEW --log ,", "--data pictures --out NEW --set =3", "--plan --img-size 3", "--plan --log tensorboard", "--plan --timeout 5", "--plan --log-every 3",
         "--plan --changed-data", "--data fifo.jpg --out NEW", "--resume zero.ckpt --out NEW", "--recipe zero.json --data pictures --out NEW", "--resume RUN --gpus 3", "--data pictures --out NEW --grad-accum 7",
     ],
     "vdc_eval": ["RUN", "--checkpoint cut", "--checkpoint foreign", "--checkpoint header.safetensors", "--checkpoint list.safetensors", "--checkpoint RUN --json /dev/null", "--checkpoint RUN --batch-size nan",

@@ -1,7 +1,8 @@
 "The checkout: what is made from the notebooks, the workflows, the scripts behind make. (Pages: test_notebooks.py; the site: test_site.py.)"
-import json, os, re, shutil, subprocess, sys
+import importlib.util, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -18,6 +19,25 @@ def cells(path, kind=None):
 def caretaker(*args, root=ROOT):
     "Run .ci/notebooks.py."
     return subprocess.run([sys.executable, root/".ci/notebooks.py", *args], capture_output=True, text=True, timeout=300)
+
+
+def test_styled_tables_have_numbers_for_names():
+    "pandas draws another name at each run, so that pages would differ where nothing has changed."
+    spec = importlib.util.spec_from_file_location("caretaker", ROOT/".ci/notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    outputs = [{"data": {"text/html": pd.DataFrame({"a": [value]}).style.set_properties(color="red").to_html().splitlines(True)}} for value in (1, 2)]
+    names = [re.search(r'id="(T_\w{5})"', "".join(o["data"]["text/html"]))[1] for o in outputs]
+    module.number_tables({"cells": [{"outputs": outputs}]})
+    for number, (name, output) in enumerate(zip(names, outputs)):
+        page = "".join(output["data"]["text/html"])
+        assert name not in page and f'<table id="T_{number:05}">' in page and f"#T_{number:05}_row0_col0" in page
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(NBS)))
+def test_stored_tables_have_numbers_for_names(path):
+    pages = "".join("".join(o.get("data", {}).get("text/html", "")) for c in cells(path, "code") for o in c["outputs"])
+    assert not [name for name in re.findall(r'<table id="T_([0-9a-f]{5})"', pages) if not name.isdigit() or int(name) > 99]
 
 
 # Commands

@@ -212,17 +212,21 @@ class RecipeLearner(Learner):
 # %% ../../nbs/train/03_learner.ipynb #dbdec772
 @patch
 def create_opt(self: RecipeLearner):
+    "fastai's, and what was frozen is frozen again."
     frozen = self.opt.frozen_idx if self.opt else 0
     if frozen: self.opt.unfreeze()       # or the new groups would lack what is frozen
     Learner.create_opt(self)
     if frozen: self.opt.freeze_to(frozen)
 
 @patch(as_prop=True)
-def smooth_loss(self: RecipeLearner): return tensor(self.recorder.losses[-1])
+def smooth_loss(self: RecipeLearner):
+    "The last loss, for callbacks of fastai's that ask for a smoothed one."
+    return tensor(self.recorder.losses[-1])
 
 # %% ../../nbs/train/03_learner.ipynb #1bdc24c9
 @patch
 def all_batches(self: RecipeLearner):
+    "fastai's, counting images and the seconds of waiting for them."
     self.n_iter = len(self.dl)
     self.waited = 0.
     self.images = 0
@@ -266,11 +270,13 @@ def __call__(self: RecipeLearner, event_name):
 # %% ../../nbs/train/03_learner.ipynb #5e0702d5
 @patch
 def add_cb(self: RecipeLearner, cb):
+    "fastai's; who listens to what is found out anew."
     if self.listeners: self.listeners = {}
     return Learner.add_cb(self, cb)
 
 @patch
 def remove_cb(self: RecipeLearner, cb):
+    "fastai's; who listens to what is found out anew."
     if self.listeners: self.listeners = {}
     return Learner.remove_cb(self, cb)
 

@@ -284,7 +284,7 @@ def check_numbers(
 def print_plan(fields: dict, options: dict, assumed: dict):
     "What a run will cost; nothing is written."
     from vitdynconv.train.plan import Gpus, plan_of
-    for name in 'resume', 'changed_data', 'log':
+    for name in 'resume', 'changed_data', 'log', 'log_every', 'timeout':
         if options[name]: raise ValueError(f'--plan looks at a run before it begins: leave --{name} out')
     check_numbers(**assumed)
     fields_of = dict(gpus='count', gpu_memory='memory', gpu_speed='speed')
@@ -306,8 +306,9 @@ def vdc_train(
     set: str = '',        # fields of the recipe in one option: 'weight_decay=0.1 ema=yes'
     reader: str = '',     # timm reader: '' for folders and tars, hfds/NAME, wds/NAME, tfds/NAME
     log: str = '',        # tensorboard, wandb, or both with a comma
-    log_every: int = 50,  # steps between lines within an epoch, which has a line of its own
-    timeout: int = 600,   # seconds to wait for another process before the run ends with an error
+    log_every: int = None, # steps between lines within an epoch, which has a line of its own; left out: 50
+    # seconds to wait for another process before the run ends with an error; left out: 600
+    timeout: int = None,
     changed_data: bool = False, # with --resume: go on although the data have changed
     plan: bool = False,   # train nothing: print memory, steps, cores and GPU hours of the run
     gpus: int = None,     # with --plan: how many; left out: 1
@@ -321,11 +322,13 @@ def vdc_train(
     options = dict(data=data, recipe=recipe, out=out, resume=resume, set=set, reader=reader,
                    changed_data=changed_data)
     assumed = dict(gpus=gpus, gpu_memory=gpu_memory, gpu_speed=gpu_speed)
-    if plan: return print_plan(fields, options | dict(log=log), assumed)
+    pace = dict(log_every=log_every, timeout=timeout)
+    if plan: return print_plan(fields, options | pace | dict(log=log), assumed)
     for name, value in assumed.items():
         if value is not None:
             raise ValueError(f'--{name} is an assumption of --plan: add --plan, or leave it out')
     prepared = prepare(fields, options)
     from vitdynconv.train.logbook import check_trackers
-    settings = dict(log=check_trackers(log), log_every=log_every, timeout=timeout, changed_data=changed_data)
-    train_run(prepared, settings | dict(branch=is_branch(resume)))
+    given = {name: value for name, value in pace.items() if value is not None}
+    settings = dict(log=check_trackers(log), changed_data=changed_data, branch=is_branch(resume))
+    train_run(prepared, settings | given)
