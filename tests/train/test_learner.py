@@ -352,7 +352,7 @@ def test_tools_of_fastai_that_look_at_every_layer(name, settings):
     learn = digits_learner(stats, model=model)
     assert 'Total params' in learn.summary()
     learn.fit(1)
-    assert len(stats.stats) > 0
+    assert len(stats.stats) == len(learn.dls.train) and all(len(layers) == len(stats.modules) for layers in stats.stats)
 
 
 def test_what_was_fixed_by_hand_stays_fixed():
