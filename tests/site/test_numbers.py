@@ -24,7 +24,7 @@ def lines(file):
 def accuracies():
     "Percent right after the last epoch, of every seed: (base, activation, kernel, pos, class token) -> list."
     last = {}
-    for row in lines("results/convergence/history.csv"):
+    for row in lines("results/convergence/digits/history.csv"):
         network = row["base"], row["activation"], row["kernel"], row["pos"], row["cls"] == "True"
         last[network, row["seed"]] = 100 * float(row["accuracy"])
     found = defaultdict(list)

@@ -15,7 +15,7 @@ from vitdynconv.study.measures import Finding, area, epochs_to, interval, measur
 from vitdynconv.study.predictions import ACCURACY, decidable, evidence, findings, holm, judge, net, p_value
 from vitdynconv.study.runs import best_rate, rate_beyond, run_study, study_model, trials_so_far
 
-COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence"
+COMMITTED = Path(__file__).resolve().parents[2]/"nbs/results/convergence/digits"
 CHEAP = next(row for row in ROWS if row.base == "vit")
 TINY = Plan(rows=(CHEAP,), seeds=(1,), rates=(1e-3, 2e-3), epochs=1, copies=1)
 
@@ -213,7 +213,7 @@ def test_holm():
 def test_two_pages_give_the_same_verdicts(page):
     "Each claim that a page shows with a verdict has the verdict of `evidence`, with Holm's adjustment."
     found = evidence(measure_runs(pd.read_csv(COMMITTED/"history.csv")))
-    outputs = [o.get("data", {}) for c in json.loads((COMMITTED.parents[1]/page).read_text())["cells"] for o in c.get("outputs", [])]
+    outputs = [o.get("data", {}) for c in json.loads((COMMITTED.parents[2]/page).read_text())["cells"] for o in c.get("outputs", [])]
     text = "\n|".join("".join(each.get("text/markdown", "")) + "".join(each.get("text/html", "")) for each in outputs)
     shown = 0
     for claim, verdict in zip(found.claim, found.verdict):
