@@ -62,7 +62,8 @@ def test_float32_stays_as_close_as_the_definition(name, n):
         results[key] = [y, *torch.autograd.grad(y, [*x, *a.parameters()], torch.ones_like(y))]
     for quick, literal, exact in zip(*results.values()):
         error = lambda t: ((t.double() - exact).norm() / exact.norm()).item()
-        assert error(quick) < max(4 * error(literal), 1e-5)
+        own = quick.ndim == 1  # LayerNorm's parameters: oneDNN and torch sum their gradients over all positions in another order
+        assert error(quick) < 1.5 * error(literal) + (5e-6 if own else 2e-7)
 
 
 @pytest.mark.parametrize("name", ["softmax", "scaling", "scaling_relu", "ln", "ln_relu", "sigmoid"])

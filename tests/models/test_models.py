@@ -11,7 +11,7 @@ import torch
 
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.models.paper import TABLE2, TABLE3
-from vitdynconv.layers.dconv import anneal
+from vitdynconv.layers.dconv import DynamicConv2d, anneal
 from vitdynconv.models.backbones import find_mixers
 from vitdynconv.models.registry import BASES, create_model, paper_model
 from vitdynconv.models.adapters.swin import DynamicConvSwin
@@ -212,9 +212,22 @@ def test_images_of_any_size(make):
 
 
 def test_d_conv_networks_anneal():
-    model = built(ZOO['dconv deit'])
-    x, before = images(model), model(images(model))
-    assert anneal(model, epoch=10) == 3 and (model(x) - before).abs().max() > 0
+    "From temperature 30 to 1, with the router and the mixture of its convolutions written out here."
+    model, seen = built(ZOO['dconv deit']), []
+    convs = [m for m in model.modules() if isinstance(m, DynamicConv2d)]
+    for conv in convs: conv.register_forward_hook(lambda conv, x, y: seen.append((conv, x[0], y)))
+    with torch.no_grad(): model(images(model))
+    assert anneal(model, epoch=10) == len(convs) == 3
+    with torch.no_grad(): model(images(model))
+    gaps = []
+    for t, (conv, x, y) in zip([30, 30, 30, 1, 1, 1], seen, strict=True):
+        squeeze, _, score = conv.router
+        p = (score(squeeze(x.mean((2, 3))).clamp(min=0)) / t).exp()
+        p = p / p.sum(1, keepdim=True)
+        each = torch.stack([torch.nn.functional.conv2d(x, w, b, padding=1) for w, b in zip(conv.weight, conv.bias)], 1)
+        assert_equal(y, torch.einsum('bm,bmchw->bchw', p, each), tol=1e-6)
+        gaps.append((y - each.mean(1)).abs().max())
+    assert min(gaps[3:]) > 10 * max(gaps[:3]) > 0                  # 30 mixes nearly evenly, 1 does not
 
 
 # Out of Python
