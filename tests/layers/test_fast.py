@@ -315,6 +315,19 @@ def test_depthwise_of_half_precision_is_no_worse_than_its_definition(dtype):
         assert ours <= 1.1 * theirs + 1e-4, (size, mean)
 
 
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0, 60])
+def test_masked_means_of_half_precision_add_up_in_float32(dtype, mean):
+    "2048 of 4096 kernels with a large common mean: their sum is no number in float16, their mean is."
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 8, 3, generator=generator).to(dtype), (torch.randn(1, 2, 4096, 3, generator=generator) + mean).to(dtype)
+    mask = torch.rand(1, 1, 8, 4096, generator=generator) < .5
+    exact = depthwise_attention(q.double(), k.double(), mask=mask)
+    for f in depthwise_attention, fast_depthwise_attention:
+        y = f(q, k, mask=mask)
+        assert y.dtype == dtype and (y - exact).norm() < torch.finfo(dtype).eps * exact.norm()
+
+
 def test_masks_of_one_shape_are_told_apart():
     "The patterns of a mask are remembered; another mask of the same shape has its own."
     q, k, _ = bank(4, 2, 16, 3)

@@ -331,6 +331,19 @@ def test_static_kernels_are_kept_where_they_can_be():
     assert other.stages[0].blocks[0].conv_dw.weight.shape == (4, 8, 8, 3, 3) and len(other.conversion.dropped) == 10
 
 
+@pytest.mark.parametrize('settings', [{}, dict(output_stride=8), dict(output_stride=16, kernel_sizes=5), dict(kernel_sizes=(3, 5, 7, 9)), dict(stem_type='overlap_tiered', kernel_sizes=3)], ids=str)
+def test_static_kernels_are_kept_on_any_map(settings):
+    "Not square, dilated, of other sizes, behind other stems; and every grid is that of the map."
+    torch.manual_seed(0)
+    base = timm.create_model('convnext_atto', dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_classes=5, ls_init_value=.5, **settings).double().eval()
+    base.img_size = 64, 96
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    new = convert(base, kernel='depthwise', pos='rel', pos_per='channel')
+    assert_equal(new(x), base(x))
+    maps = base.forward_intermediates(x, intermediates_only=True)
+    assert [stage.blocks[-1].conv_dw.mixer.grid_size for stage in new.stages] == [tuple(m.shape[2:]) for m in maps]
+
+
 def test_a_convnext_has_no_place_for_an_embedding_or_a_token():
     for wrong, reason in (dict(pos='abs'), "'rel', 'none'"), (dict(class_token=True), 'class token'), (dict(pos='relative'), "'rel'"):
         with pytest.raises(ValueError, match=reason): create_model('convnext_atto', **wrong, **CONVNEXT)
