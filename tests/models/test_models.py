@@ -158,7 +158,9 @@ def test_checkpointing_has_the_same_gradients(make):
     thrifty.set_grad_checkpointing()
     for m in plain, thrifty: m(images(m).double()).square().sum().backward()
     for (n, p), q in zip(plain.named_parameters(), thrifty.parameters()):
+        assert (p.grad is None) == (q.grad is None), n
         if p.grad is not None: assert_equal(p.grad, q.grad)
+    assert plain.get_parameter(next(n for n, _ in plain.named_parameters() if n.endswith('proj.weight') or n == 'stem.0.weight')).grad.any()
 
 
 @everywhere
