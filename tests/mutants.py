@@ -135,7 +135,7 @@ MUTANTS = [
     Mutant("road", "option given twice", "tools/cli.py", "if flags.count(flag) > 1:", "if False:", "commands/test_practitioner.py users_type"),
     Mutant("mathematics", "masked means add up in half precision", DEPTH, "(mask.to(wide.dtype) / count @ wide)", "(mask.to(k.dtype) @ k / count)", "layers/test_fast.py masked_means"),
     Mutant("mathematics", "masked positions of as many rows as kernels", "fast/relative_position.py", "k.new_zeros(*k.shape[:2], mask.shape[1], k.shape[3])", "torch.zeros_like(k)", "layers/test_strided.py padding_selects and StridedDepthwise"),
-    Mutant("mathematics", "a table in place of the bias of the call", "layers/strided.py", "rows if bias is None else bias + rows", "rows", "layers/test_strided.py fine_map and pair and additive"),
+    Mutant("mathematics", "a table in place of the bias of the call", "layers/strided.py", "rows if bias is None else bias + rows", "rows", "layers/test_strided.py numbers_added"),
     Mutant("mathematics", "a neighborhood as wide as the map", NEAR, "largest_odd(min(self.grid_size) - 1)", "largest_odd(min(self.grid_size))", "layers/test_selection.py smaller_than_the_map"),
     Mutant("surgery", "a stage of a dense ConvNeXt one position smaller", CONVNEXT, "if isinstance(conv, PADDED_AS_NEEDED) or conv.padding == 'same':", "if conv.padding == 'same':", ANY_MAP),
     Mutant("surgery", "padding of a stem ignored", CONVNEXT, "(n + 2 * p - span - 1) // s + 1", "(n - span - 1) // s + 1", ANY_MAP),

@@ -133,6 +133,17 @@ def test_live_grid_and_out_grid():
     torch.testing.assert_close(module(x), full(x)[:, kept((7, 6), 2, 0)], rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_numbers_added_to_logits_come_with_the_table(fast):
+    "A mask of numbers is a bias of the call; a learned table is another, and neither replaces the other."
+    full = checks.prepared(DynamicConvAttention(6, 2, pos="rel", grid_size=GRID))
+    ours = StridedAttention(6, 2, 2, pos="rel", grid_size=GRID).double()
+    ours.load_state_dict(full.state_dict())
+    if fast: accelerate(ours)
+    x, numbers = torch.from_numpy(checks.random(2, 20, 6)), torch.from_numpy(checks.random(20, 20))
+    torch.testing.assert_close(ours(x, mask=numbers), full(x, mask=numbers)[:, kept(GRID, 2, 0)], rtol=0, atol=1e-12)
+
+
 def test_rows_by_loops():
     x = torch.arange(22.)[:, None]
     for stride in 1, 2, 3, 9: assert strided_rows(x, GRID, stride, 2).flatten().tolist() == kept(GRID, stride, 2)
