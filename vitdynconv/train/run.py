@@ -268,7 +268,7 @@ def train_run(
             learn.fit(start_epoch=start)
             finish(learn, plan[1])
     finally:
-        if learn.lock: learn.lock.release()
+        if learn.run_lock: learn.run_lock.release()
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/train/10_run.ipynb #runnumb1
