@@ -171,9 +171,10 @@ class EachEpoch(Callback):
             problem = f'cannot write the log of epoch {history[-1]["epoch"]} ({error})'
             raise RunStopped(f'{problem}; its checkpoint is good') from error
 
-# %% ../../nbs/train/05_logbook.ipynb #60504735
+# %% ../../nbs/train/05_logbook.ipynb #3005e98b
 def event_bytes(
-    rows,  # of a history
+    rows,          # of a history
+    begins=False,  # a file, whose rows replace those of an earlier one
 ) -> bytes:
     "Rows in the format of TensorBoard: one event per row, with a scalar for each number."
     protocol = importlib.import_module('tensorboard.compat.proto.event_pb2')
@@ -181,6 +182,10 @@ def event_bytes(
     records = importlib.import_module('tensorboard.summary.writer.record_writer')
     file = io.BytesIO()
     writer = records.RecordWriter(file)
+    if begins:
+        session = protocol.SessionLog(status=protocol.SessionLog.START)
+        for head in dict(file_version='brain.Event:2'), dict(session_log=session, step=1):
+            writer.write(protocol.Event(wall_time=time.time(), **head).SerializeToString())
     for row in rows:
         numbers = [values.Value(tag=name, simple_value=value) for name, value in row.items()
                    if name != 'epoch' and value is not None]
@@ -188,7 +193,7 @@ def event_bytes(
         writer.write(event.SerializeToString())
     return file.getvalue()
 
-# %% ../../nbs/train/05_logbook.ipynb #7ba7e708
+# %% ../../nbs/train/05_logbook.ipynb #ded9c078
 class EventFile:
     "A file of TensorBoard's. The first call writes all rows, so that one of a run that goes on is complete."
     def __init__(self, folder):
@@ -199,7 +204,8 @@ class EventFile:
     def __call__(self, history):
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with open(self.path, 'ab') as file: file.write(event_bytes(history[self.rows:]))
+            new = event_bytes(history[self.rows:], begins=not self.rows)
+            with open(self.path, 'ab') as file: file.write(new)
         except OSError:
             with suppress(OSError): os.truncate(self.path, size)
             raise
@@ -234,7 +240,8 @@ def check_trackers(
     "Names of `TRACKERS`. ValueError for one that is unknown or not installed."
     names = text.split(',') if text else []
     for name in names:
-        if name not in TRACKERS: raise ValueError(f'log={name!r}: choose from {", ".join(TRACKERS)}')
+        if name not in TRACKERS: raise ValueError(f'--log {name!r}: choose from {", ".join(TRACKERS)}')
+        if names.count(name) > 1: raise ValueError(f'--log {text} names {name} twice; leave one')
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f'log={name!r}: the package is not installed; pip install {name}')
+            raise ValueError(f'--log {name}: the package is not installed; pip install {name}')
     return names
