@@ -63,7 +63,7 @@ def test_the_hint_to_go_on_can_be_pasted(home):
 
 def test_an_answer_keeps_the_blanks_of_a_path(home, capsys):
     assert "no  such  place" in line(capsys, vdc_predict, images=["no  such  place"], run=str(home/"RUN"))
-    assert "my  place here" in line(capsys, vdc_train, data=str(home/"nowhere"), out="NEW")
+    assert r"my  place\nhere" in line(capsys, vdc_train, data=str(home/"nowhere"), out="NEW")
 
 
 def test_pictures_of_every_kind(home, tmp_path, capsys):

@@ -51,7 +51,7 @@ def format_value(
     return f'{value:.2e}' if tiny else f'{value:.4g}'
 
 def printable(text: str) -> str:
-    "A text on one line: what is no printable character, such as a line break in the name of a file, is escaped."
+    "A text on one line: what cannot be printed, such as a line break in the name of a file, is escaped."
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
 
 # %% ../../nbs/tools/03_cli.ipynb #2a299fd3
@@ -341,8 +341,10 @@ def runs_as_script(func: Callable) -> bool:
     "Is the program that runs the console script named after `func`?"
     return Path(sys.argv[0]).stem == func.__name__ and not hasattr(builtins, 'get_ipython')
 
-# %% ../../nbs/tools/03_cli.ipynb #0695b3cf
-def escape_unprintable(stream):
+# %% ../../nbs/tools/03_cli.ipynb #6346236c
+def escape_unprintable(
+    stream, # of text, such as sys.stdout
+) -> None:
     "What a terminal has no character for is written as an escape: the name of a file ends no command."
     if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
 

@@ -227,7 +227,7 @@ def wandb_writer(folder, recipe):
 # %% ../../nbs/train/05_logbook.ipynb #8b2044a0
 TRACKERS = dict(tensorboard=tensorboard_writer, wandb=wandb_writer)
 
-def open_tracker(name, folder, recipe):
+def open_tracker(name: str, folder, recipe):
     "One of `TRACKERS`. ValueError, one line, for what its library raises: without an account, for one."
     try: return TRACKERS[name](folder, recipe)
     except Exception as error:

@@ -22,8 +22,8 @@ def absolute_data(
 ) -> str:       # the same; a path on this disk as an absolute one
     "Where the data are, from wherever the run goes on later."
     if data == 'fashion' and Path(data).exists():
-        raise ValueError('--data fashion is Fashion-MNIST, and there is a folder of that name here: write ./fashion for '
-                         'the folder, or start elsewhere for Fashion-MNIST')
+        raise ValueError('--data fashion is Fashion-MNIST, and a folder here has that name: write ./fashion '
+                         'for the folder, or start elsewhere for Fashion-MNIST')
     if data in ('', 'fashion') or not Path(data).exists(): return data
     return str(Path(data).resolve())
 
