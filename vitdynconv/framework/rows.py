@@ -44,6 +44,7 @@ def kept_share(conversion: Conversion) -> float: # 0 to 1
         if weight.fate in sizes: sizes[weight.fate] += count
     return sizes['kept'] / sum(sizes.values())
 
+# %% ../../nbs/framework/07_rows.ipynb #9cc802e0
 def answers(
     model: nn.Module, # a converted model
 ) -> dict:            # the four questions, and the kernels that a position uses

@@ -35,6 +35,7 @@ def rebuilt(
     new.__setstate__(state)
     return new
 
+# %% ../../nbs/models/01_adapter.ipynb #2351b72c
 def set_module(
     model: nn.Module,  # changed in place
     path: str,         # dotted
@@ -196,6 +197,7 @@ def copied(self: Backbone) -> Backbone:
     backbone.prepare()
     return backbone
 
+# %% ../../nbs/models/01_adapter.ipynb #5896061c
 @patch
 def prepare(self: Backbone) -> None: "Exchange parts of a copied model that must be of another class."
 

@@ -236,6 +236,7 @@ def create_model(
     forget_argument(model, 'checkpoint')
     return model
 
+# %% ../../nbs/models/10_registry.ipynb #fdd38b33
 def register_other(name: str) -> None:
     """Enter another of timm's models, if it can be converted. ValueError if it is unknown, with close names,
     or cannot be."""
