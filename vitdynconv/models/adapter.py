@@ -127,6 +127,7 @@ class Backbone:
     features = dict(feature_cls='getter', out_indices=3) # timm's settings of `features_only`
     takes_img_size = True       # does timm's constructor take `img_size`?
     keeps_tables = False        # has timm's mixer a relative position table?
+    no_presets = ()             # prefixes of names, as 'window', under which this kind gets no entry
 
     def __init__(self, model: nn.Module): self.model = model
 

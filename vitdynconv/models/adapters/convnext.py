@@ -170,6 +170,7 @@ class ConvNeXtBackbone(MapBackbone):
     theirs, ours = ConvNeXt, DynamicConvConvNeXt
     layer, their_layer, words = 'conv_dw', nn.Conv2d, 'a static kernel'
     bases = bodies = 'convnext_atto', 'convnext_tiny', 'convnext_small', 'convnext_base'
+    no_presets = ('k3',)
 
     def keep(self, mixer, old, settings):
         "Depth-wise self-attention with a table per channel holds the static kernel."

@@ -134,6 +134,7 @@ class SwinBackbone(Backbone):
     positions = (None, 'abs', 'rel', 'none')
     class_tokens = (None, False)
     keeps_tables = True
+    no_presets = ('window',)   # it has windows already
 
     @classmethod
     def feature_settings(cls, kwargs):
