@@ -36,23 +36,23 @@ def same_weights(home, run):
             assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())
 
 
-class InValidation(Callback):
-    "Sends a signal in the middle of the first epoch's validation."
+class InFirstEpoch(Callback):
+    "Sends a signal in the middle of the first epoch's training, or of its validation."
     order = 90
-    def __init__(self, number): self.number = number
+    def __init__(self, number, training): self.number, self.when = number, training
     def before_batch(self):
-        if not self.training and self.epoch == 0: os.kill(os.getpid(), self.number)
+        if self.training == self.when and self.epoch == 0: os.kill(os.getpid(), self.number)
 
 
 def struck(moment, number, *arguments):
     "In a process of its own: the command, to which a signal comes at that moment."
     watchers, replace, times = session.watchers, os.replace, []
-    def with_signal(*words, **more): return [*watchers(*words, **more), InValidation(number)]
+    def with_signal(*words, **more): return [*watchers(*words, **more), InFirstEpoch(number, moment == "training")]
     def while_written(source, target):
         if Path(target).name == moment: times.append(target)
         if len(times) == (2 if moment == "last.ckpt" else 1): os.kill(os.getpid(), number)
         return replace(source, target)
-    if moment == "validation": session.watchers = with_signal
+    if moment in ("training", "validation"): session.watchers = with_signal
     else: files.os.replace = while_written
     run_here(*arguments)
 
@@ -62,15 +62,20 @@ STRIKES = [(moment, name) for moment in ("validation", "last.ckpt") for name in 
 STRIKES += [("best.safetensors", "SIGKILL"), ("history.csv", "SIGTERM"), ("model.safetensors", "SIGINT"), ("model_ema.safetensors", "SIGKILL")]
 
 
-@pytest.mark.parametrize("moment, name", STRIKES)
-def test_a_signal_while_a_run_validates_or_writes_loses_nothing(home, tmp_path, moment, name):
-    (tmp_path/"pictures").symlink_to(home/"pictures")
-    errors = tmp_path/"errors"
-    process = CONTEXT.Process(target=struck, args=(moment, getattr(signal, name), "vdc_train", WORDS, str(tmp_path), str(tmp_path/"out"), str(errors), {}))
+def strike(home, folder, moment, name):
+    "A run in `folder` that a signal ends, and what it said."
+    (folder/"pictures").symlink_to(home/"pictures")
+    errors = folder/"errors"
+    process = CONTEXT.Process(target=struck, args=(moment, getattr(signal, name), "vdc_train", WORDS, str(folder), str(folder/"out"), str(errors), {}))
     process.start()
     process.join(120)
     assert process.exitcode == SIGNALS[name], errors.read_text()
-    run, said = tmp_path/"RUN", errors.read_text()
+    return folder/"RUN", errors.read_text()
+
+
+@pytest.mark.parametrize("moment, name", STRIKES)
+def test_a_signal_while_a_run_validates_or_writes_loses_nothing(home, tmp_path, moment, name):
+    run, said = strike(home, tmp_path, moment, name)
     state = torch.load(run/"last.ckpt", weights_only=True)
     assert state["epoch"] == {"validation": 0, "last.ckpt": 0}.get(moment, 2 if moment in ENDS else 1)
     if name != "SIGKILL":
@@ -79,6 +84,17 @@ def test_a_signal_while_a_run_validates_or_writes_loses_nothing(home, tmp_path, 
     vdc_train(resume=str(run))
     same_weights(home, run)
     assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize("moment, name", [*(("training", name) for name in SIGNALS), *((moment, "SIGKILL") for moment in ("run.json", "RUN", "last.ckpt"))])
+def test_a_run_without_an_epoch_never_blocks_the_same_command(home, tmp_path, moment, name):
+    "Whatever ends it: while its folder is made, in its first epoch, or while that epoch's checkpoint is written."
+    run, _ = strike(home, tmp_path, moment, name)
+    assert run.exists() == (moment not in ("run.json", "RUN"))
+    if run.exists(): assert torch.load(run/"last.ckpt", weights_only=True)["epoch"] == 0 and not (run/"history.csv").exists()
+    vdc_train(data=str(home/"pictures"), out=str(run), **SMALL)
+    same_weights(home, run)
+    assert not list(run.glob(".*")) and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("number, words", [(28, "disk is full|No space left"), (30, "[Rr]ead-only file system"), (122, "[Dd]isk quota")])

@@ -467,6 +467,12 @@ def test_neighborhoods_have_k_squared_kernels(size, data):
     assert all(mask[i, j] == in_neighborhood(i, j, size, k) for i in range(len(mask)) for j in range(len(mask)))
 
 
+def test_neighborhoods_are_smaller_than_the_map_unless_told_otherwise():
+    grids = {(1, 1): 1, (2, 5): 1, (3, 3): 1, (4, 4): 3, (5, 9): 3, (6, 6): 5, (7, 7): 5, (8, 8): 7, (56, 40): 7}
+    assert {grid: create_selection("neighborhood", grid).kernel_size for grid in grids} == grids
+    assert create_selection("neighborhood", (5, 9), kernel_size=5).mask(5, 9).sum(1).tolist() == [25] * 45
+
+
 def test_small_maps_have_one_window():
     "timm's rule: a window covers a map that is smaller, and is not shifted."
     rule, q = WindowKernels(7, 3, (5, 6)), normal(1, 1, 30, 2)

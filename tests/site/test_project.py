@@ -177,6 +177,25 @@ def test_run_stops_at_an_error_and_keeps_the_notebook(project):
     assert path.read_bytes() == before and not list(project.rglob("*.tmp"))
 
 
+WAITS = """import pathlib, time
+pathlib.Path('{mine}.here').touch()
+end = time.time() + 120
+while not pathlib.Path('{other}.here').exists():
+    assert time.time() < end, 'alone'
+    time.sleep(.1)
+print('met')"""
+
+
+def test_run_takes_notebooks_side_by_side(project):
+    "Each of two notebooks waits for the other: one after the other, the first would never end."
+    paths = [project/"nbs/00_one.ipynb", project/"nbs/01_two.ipynb"]
+    for path, mine, other in zip(paths, "ab", "ba"): write_notebook(path, [WAITS.format(mine=mine, other=other)])
+    done = caretaker("run", "--workers", "2", *paths, root=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [cells(path, "code")[0]["outputs"][0]["text"] for path in paths] == [["met\n"]]*2
+    assert all(f"nbs/{path.name} " in done.stdout for path in paths)
+
+
 COLAB = """website: {sidebar: {contents: [index.ipynb, 00_one.ipynb]}}
 format:
   html:
