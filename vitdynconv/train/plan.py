@@ -36,7 +36,7 @@ class LivingMemory:
         self.held = [tensor.untyped_storage() for tensor in known]
         self.sizes = {id(storage): 0 for storage in self.held}
 
-    def see(self, tensor):
+    def add(self, tensor):
         "A tensor was made."
         storage = tensor.untyped_storage()
         place = id(storage)
@@ -92,8 +92,8 @@ def step_bytes(
     for parameter in parameters: parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
     living = LivingMemory([*parameters, *model.buffers(), *gradients])
-    living.see(images)
-    with watched_results(living.see), FusedAttention(device): model(images).sum().backward()
+    living.add(images)
+    with watched_results(living.add), FusedAttention(device): model(images).sum().backward()
     model.zero_grad()
     return living.peak
 
