@@ -1,4 +1,5 @@
 "A signal, a full or read-only disk, while a run validates or writes: one line, and the run goes on to the same weights."
+import csv
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from test_practitioner import SMALL, line, write_pictures
 
 from vitdynconv.tools import files
 from vitdynconv.train import record, session
+from vitdynconv.train.mistakes import drawn_epoch
 from vitdynconv.train.record import LOCK
 from vitdynconv.train.run import vdc_train
 
@@ -30,8 +32,8 @@ def home(tmp_path_factory):
     return home
 
 
-def same_weights(home, run):
-    for name in ENDS:
+def same_weights(home, run, *names):
+    for name in names or ENDS:
         with safe_open(home/"UNDISTURBED"/name, "pt") as a, safe_open(run/name, "pt") as b:
             assert all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in a.keys())
 
@@ -84,6 +86,46 @@ def test_a_signal_while_a_run_validates_or_writes_loses_nothing(home, tmp_path, 
     vdc_train(resume=str(run))
     same_weights(home, run)
     assert not list(run.glob(".*"))
+
+
+class FullDisk(Callback):
+    "After an epoch, the place of one file is on a device that has no space left; what is written there fails in earnest."
+    order = 74  # before the checkpoint
+    def __init__(self, name, epoch): self.file_name, self.fails = name, epoch
+    def after_epoch(self):
+        if self.epoch + 1 != self.fails: return
+        folder = self.learn.checkpoints.folder
+        if self.file_name == "events": self.learn.each_epoch.writers[-1].path.unlink(missing_ok=True)
+        place = self.learn.each_epoch.writers[-1].path if self.file_name == "events" else folder/f".{self.file_name}.tmp"
+        place.symlink_to("/dev/full")
+
+
+def rows_without_times(run):
+    times = {"seconds", "images_per_second", "data_wait", "peak_memory"}
+    return [{name: value for name, value in row.items() if name not in times} for row in csv.DictReader((run/"history.csv").open())]
+
+
+LAST = [(name, 2) for name in ("last.ckpt", "best.safetensors", "mistakes.png", "history.csv", "curves.png", "events", "model.safetensors", "model_ema.safetensors")]
+
+
+@pytest.mark.parametrize("name, epoch", [*LAST, ("best.safetensors", 1), ("mistakes.png", 1), ("events", 1)])
+def test_a_disk_that_is_full_loses_no_file_for_long(home, tmp_path, monkeypatch, capsys, name, epoch):
+    "One line; when the run goes on, it leaves every file that an undisturbed one leaves, also those of the epoch in which it was stopped."
+    run, watchers = tmp_path/"RUN", session.watchers
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "watchers", lambda *words, **more: [*watchers(*words, **more), FullDisk(name, epoch)])
+        said = line(capsys, vdc_train, code=1, data=str(home/"pictures"), out=str(run), log="tensorboard", **SMALL)
+    assert "no space left" in said.lower() and said.strip().endswith(f"go on with: vdc_train --resume {run}"), said
+    for path in run.glob("events.out.*"):
+        if path.is_symlink(): path.unlink()
+    assert not list(run.glob(".*"))
+    vdc_train(resume=str(run), log="tensorboard")
+    same_weights(home, run, *ENDS, "best.safetensors")
+    assert rows_without_times(run) == rows_without_times(home/"UNDISTURBED")
+    assert drawn_epoch(run/"mistakes.png") == drawn_epoch(home/"UNDISTURBED/mistakes.png") != ""
+    assert (run/"curves.png").exists() and (run/"last.ckpt").exists()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert [event.step for event in EventAccumulator(str(run)).Reload().Scalars("valid_loss")] == [1, 2]
 
 
 @pytest.mark.parametrize("moment, name", [*(("training", name) for name in SIGNALS), *((moment, "SIGKILL") for moment in ("run.json", "RUN", "last.ckpt"))])

@@ -423,7 +423,23 @@ def test_copies_and_state_dicts_of_rules(rule):
     other.load_state_dict(module.state_dict())
     for same in other, copy.deepcopy(module), pickle.loads(pickle.dumps(module)): assert_equal(same(x), module(x))
     words = repr(module.selection)
-    assert type(module.selection).__name__ in words
+    assert type(module.selection).__name__ in words and '\n' not in words      # messages name it, in one line
+
+
+@rules
+@mixers
+def test_hooks_of_a_selection(rule, mixer):
+    "A selection is called as every layer: hooks before and after it are asked, and may change what it says."
+    module, x, seen = build(rule, mixer), torch.from_numpy(checks.random(2, math.prod(GRID), 6)), []
+    module.selection.register_forward_pre_hook(lambda layer, args: seen.append(len(args)))
+    handle = module.selection.register_forward_hook(lambda layer, args, out: seen.append(out))
+    module.selection.bank.register_forward_hook(lambda layer, args, k: seen.append(k))
+    as_ever = module(x)
+    arguments, used, (k, _, _) = seen
+    assert arguments == 4 and torch.equal(used, k)
+    handle.remove()
+    module.selection.register_forward_hook(lambda layer, args, out: (out[0].flip(-1), *out[1:]))
+    assert (module(x) - as_ever).abs().max() > 1e-3
 
 
 @given(n=st.integers(1, 12), data=st.data())

@@ -417,10 +417,10 @@ def test_a_new_optimizer_of_a_frozen_model_can_be_unfrozen():
     assert sum(len(group['params']) for group in learn.opt.opt.param_groups) == len(list(learn.model.parameters()))
 
 
-@pytest.mark.parametrize('name, settings', [('linformer_deit_tiny_patch16_224', {}), ('topk_deit_tiny_patch16_224', {}), ('deit_tiny_patch16_224', dict(kernel='depthwise', selection='topk')),
+@pytest.mark.parametrize('name, settings', [('linformer_deit_tiny_patch16_224', {}), ('topk_deit_tiny_patch16_224', {}), ('deit_tiny_patch16_224', dict(kernel='depthwise', selection='topk')), ('deit_tiny_patch16_224', dict(kernel='depthwise', selection='all')),
                                             ('dconv_deit_tiny_patch16_224', {}), ('ddwconv_deit_tiny_patch16_224', {})], ids=str)
 def test_tools_of_fastai_that_look_at_every_layer(name, settings):
-    "A selection gives keys, values and a mask, of which some may be None; a layer that is looked at gives a tensor."
+    "A selection gives keys, values and a mask, of which some may be None; the layer in it that is looked at gives a tensor."
     model = create_model(name, img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=16, depth=1, num_heads=2, **settings)
     stats = ActivationStats(with_hist=False)
     learn = digits_learner(stats, model=model)

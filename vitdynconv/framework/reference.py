@@ -78,6 +78,7 @@ def parameter_names(
         names[name] = same[0]
     return names
 
+# %% ../../nbs/framework/03_reference.ipynb #0ccdcbf6
 def formula_of(
     act: nn.Module,  # an activation, with random parameters if it has any
     state: dict,     # with its parameters
@@ -104,6 +105,7 @@ def attention(
     logits = np.einsum('bhnd,bhmd->bhnm', q, k)
     return np.einsum('bhnm,bhmd->bhnd', weights_of(logits, bias, mask), v)
 
+# %% ../../nbs/framework/03_reference.ipynb #3898f2db
 def relative_bias(
     table: np.ndarray,     # ((2H-1)(2W-1), c)
     grid: tuple[int, int], # (H, W)
@@ -147,6 +149,7 @@ def split_heads(x: np.ndarray, parts: int, heads: int) -> list: # arrays (b, h, 
     d = width // (parts * heads)
     return list(x.reshape(b, n, parts, heads, d).transpose(2, 0, 3, 1, 4))
 
+# %% ../../nbs/framework/03_reference.ipynb #cb0ec5a1
 def join_heads(y: np.ndarray) -> np.ndarray:
     "(b, h, n, d) to (b, n, h * d)"
     b, h, n, d = y.shape
@@ -183,6 +186,7 @@ def attention_mixer(
     y = attention(q, k, v, weights_of, bias_of(state, grid, prefix), mask)
     return linear(join_heads(y), state, 'proj')
 
+# %% ../../nbs/framework/03_reference.ipynb #20b183b4
 def depthwise_mixer(x: np.ndarray, state: dict, heads: int, grid=None, prefix: int = 0,
                     mask=None) -> np.ndarray:
     "`DepthwiseSelfAttention` (section 4.3): (b, n, c) to (b, n, c); arguments as for `attention_mixer`."
@@ -205,6 +209,7 @@ def patches(
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, [(0, 0), *half]), span, axis=(1, 2))
     return windows[:, ::stride, ::stride, ::dilation, ::dilation]
 
+# %% ../../nbs/framework/03_reference.ipynb #fd16533f
 def convolve(
     x: np.ndarray,      # (c, H, W)
     kernel: np.ndarray, # (o, c / groups, kh, kw)
@@ -229,6 +234,7 @@ def router(
     e = np.exp(scores - scores.real.max(1, keepdims=True))
     return e / e.sum(1, keepdims=True)
 
+# %% ../../nbs/framework/03_reference.ipynb #c84b449a
 def dynamic_conv(x: np.ndarray, state: dict, temperature: float, **options) -> np.ndarray:
     "D-Conv (arXiv 1912.03458, Eq. 2), with the options of `convolve`: (b, c, H, W) to (b, o, H', W')."
     images = []
@@ -247,6 +253,7 @@ def block_means(x: np.ndarray, size: int) -> np.ndarray:
         rows.append([x[:, y:y + size, u:u + size].mean((1, 2)) for u in range(0, width, size)])
     return np.array(rows).transpose(2, 0, 1)
 
+# %% ../../nbs/framework/03_reference.ipynb #7753b31c
 def pooled(
     x: np.ndarray,     # (c, H, W)
     pool,              # 'image', 'position', 'block', or an array (H*W, positions) of weights

@@ -8,6 +8,7 @@ __all__ = ['CONVNEXT_ROWS', 'SELECTED', 'convnext_models', 'kept_share', 'answer
 # %% ../../nbs/framework/07_rows.ipynb #47eb67f7
 from torch import nn
 from .description import describe
+from ..models.backbones import backbone_class
 from ..models.registry import create_model
 from ..models.surgery import Conversion
 
@@ -44,6 +45,7 @@ def kept_share(conversion: Conversion) -> float: # 0 to 1
         if weight.fate in sizes: sizes[weight.fate] += count
     return sizes['kept'] / sum(sizes.values())
 
+# %% ../../nbs/framework/07_rows.ipynb #9cc802e0
 def answers(
     model: nn.Module, # a converted model
 ) -> dict:            # the four questions, and the kernels that a position uses
@@ -64,5 +66,5 @@ def selection_models(
 ) -> dict[str, nn.Module]:                # prefix -> network
     """The same body with each rule of selection that has a name, and with larger kernels. A Swin has windows
     already."""
-    names = [name for name in SELECTED if not (name == 'window' and base.startswith('swin'))]
+    names = [name for name in SELECTED if name not in backbone_class(base).no_presets]
     return {name: create_model(f'{name}_{base}', **kwargs) for name in names}

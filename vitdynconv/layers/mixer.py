@@ -186,8 +186,7 @@ def select(self: TokenMixer,
 ) -> tuple:                   # k, v, mask: the bank that is used, and which of its kernels
     "Apply the mixer's own kernel selection, on top of the mask of this call."
     if self.selection is None: return k, v, mask
-    # unseen by tools that look at every layer's result, fastai's `summary` among them: it is no tensor
-    return self.selection.forward(q, k, v, mask)
+    return self.selection(q, k, v, mask)
 
 # %% ../../nbs/layers/05_mixer.ipynb #d4ac9f28
 @patch

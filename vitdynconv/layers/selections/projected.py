@@ -80,7 +80,7 @@ def forward(self: ProjectedKernels,
                          f'with num_heads={k.shape[-3]} or share=\'heads\'')
     new_k = for_keys[:, :n].transpose(1, 2) @ k
     new_v = None if v is None else for_values[:, :n].transpose(1, 2) @ v
-    return new_k, new_v, None
+    return self.bank(new_k), new_v, None
 
 # %% ../../../nbs/layers/selections/02_projected.ipynb #6b41c0c3
 @patch

@@ -41,6 +41,8 @@ class Selection(nn.Module):
         self.grid_size = None if grid_size is None else to_2tuple(grid_size)
         self.num_prefix_tokens = num_prefix_tokens
         self.live_grid = None  # (H, W) of the image at hand, where a model takes images of any size
+        # the keys in use pass here: a tensor for tools that read every layer, such as fastai's `summary`
+        self.bank = nn.Identity()
 
     def mask(self, h: int, w: int, device=None) -> Tensor:
         "(h*w, h*w) bool, True at (i, j) if position i selects kernel j"
@@ -60,6 +62,8 @@ class Selection(nn.Module):
         self.grid_size = to_2tuple(grid_size)
 
     def extra_repr(self): return '' if self.grid_size is None else f'grid_size={self.grid_size}'
+
+    def __repr__(self): return f'{type(self).__name__}({self.extra_repr()})'  # one line: messages name it
 
 # %% ../../../nbs/layers/selections/00_rule.ipynb #selbase3
 def with_prefix(
@@ -90,7 +94,7 @@ def forward(self: Selection,
     # windows may select padding, which no bank of a map holds
     chosen = self.fit(*grid).mask(*grid, device=q.device)[:, :n]
     chosen = with_prefix(chosen, self.num_prefix_tokens)
-    return k, v, chosen if mask is None else mask & chosen
+    return self.bank(k), v, chosen if mask is None else mask & chosen
 
 # %% ../../../nbs/layers/selections/00_rule.ipynb #ac8ebc5a
 @register_selection('all')
@@ -108,7 +112,7 @@ class AllKernels(Selection):
 
     def forward(self, q, k, v, mask=None):
         "Keys, values and mask as they are"
-        return k, v, mask
+        return self.bank(k), v, mask
 
     def window_mask(self, h: int, w: int, device=None) -> None:
         "None: in the one bank there is, nothing is left out"

@@ -78,7 +78,7 @@ def forward(self: TopKernels,
         first = first_best(answers, self.count(k.shape[-2]))                             # (b, heads, n, k)
         # all False and all True, by comparison: a new tensor would have the size of a traced batch
         chosen = (answers < answers).scatter(-1, first, first >= 0)
-    return k, v, chosen if mask is None else chosen & mask
+    return self.bank(k), v, chosen if mask is None else chosen & mask
 
 # %% ../../../nbs/layers/selections/04_topk.ipynb #ef964337
 @patch

@@ -97,7 +97,7 @@ class MapBackbone(Backbone):
 
     def mixers(self):
         "Path -> layer, in order."
-        return {f'{path}.{self.layer}': getattr(block, self.layer)
+        return {f'{path}.{self.layer}': block.get_submodule(self.layer)
                 for path, block in self.find_blocks().items()}
 
     def check_mixer(self, path, mixer):
@@ -110,11 +110,15 @@ class MapBackbone(Backbone):
 @patch
 def place(self: MapBackbone, path: str) -> Place:
     "Where the mixer at `path` stands: on which map, with how many channels."
-    grid = convnext_grids(self.model)[path.partition('.blocks')[0]]
-    block = self.model.get_submodule(path.rpartition('.')[0])
-    mixer = self.model.get_submodule(path)
+    grid, mixer = self.map_grid(path), self.model.get_submodule(path)
+    block, = [block for name, block in self.find_blocks().items() if path.startswith(f'{name}.')]
     inner = mixer.mixer if isinstance(mixer, MapMixer) else mixer
     return Place(path, inner, grid, 0, grid, self.channels(block), next(block.parameters()))
+
+@patch
+def map_grid(self: MapBackbone, path: str) -> tuple[int, int] | None:
+    "(H, W) of the map on which the mixer at `path` works; None: not known."
+    return convnext_grids(self.model)[path.partition('.blocks')[0]]
 
 @patch
 def channels(self: MapBackbone, block: nn.Module) -> int | None:
@@ -172,6 +176,7 @@ class ConvNeXtBackbone(MapBackbone):
     theirs, ours = ConvNeXt, DynamicConvConvNeXt
     layer, their_layer, words = 'conv_dw', nn.Conv2d, 'a static kernel'
     bases = bodies = 'convnext_atto', 'convnext_tiny', 'convnext_small', 'convnext_base'
+    no_presets = ('k3',)
 
     def keep(self, mixer, old, settings):
         "Depth-wise self-attention with a table per channel holds the static kernel."
