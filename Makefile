@@ -28,7 +28,7 @@ speed: $(READY) ## measure every suite on a quiet machine, as it is and restrict
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-notebooks: $(READY) ## run every notebook in place and store the outputs (one thread: sums of the same order, the same digits); NB="nbs/a.ipynb ..." for some
+notebooks: $(READY) ## run every notebook in place, one per core at a time, and store the outputs (one thread each: sums of the same order, the same digits); NB="nbs/a.ipynb ..." for some
 	@OMP_NUM_THREADS=1 $(BIN)/python .ci/notebooks.py run $(NB)
 
 readme: $(READY) ## make README.md from nbs/index.ipynb

@@ -1,11 +1,12 @@
 """The notebooks' caretaker: run them in place, make the README, check that nothing made from them is stale.
 
-    notebooks.py run [NOTEBOOK ...]           run from a clean kernel, in reading order, and store the outputs
+    notebooks.py run [NOTEBOOK ...]           run each from a clean kernel, one per core at a time, and store the outputs
     notebooks.py readme                       make README.md from nbs/index.ipynb (without Quarto)
     notebooks.py colab                        list the notebooks in _quarto.yml, for the pages' links to Colab
     notebooks.py check clean|export|readme|colab    fail if this would change a file; changes none
 """
 import argparse, difflib, json, os, posixpath, re, shutil, sys, tempfile, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import yaml
@@ -85,19 +86,34 @@ def run_one(path):
     write(path, nb2str(nb))
 
 
-def run(names):
+def cores():
+    "How many cores this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def try_one(path):
+    "Run a notebook; its path, the seconds that it took, and the error's text or None."
     from nbclient.exceptions import CellExecutionError
+    began = time.time()
+    try: run_one(path)
+    except CellExecutionError as error: return path, time.time() - began, re.sub(r"\x1b\[[\d;]*m", "", str(error))  # without colours
+    return path, time.time() - began, None
+
+
+def run(names, workers):
+    "Run notebooks, `workers` of them side by side, each in a kernel of its own; the first error ends it."
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:torch.jit._script")  # importing fastai 2.8 brings it up
     os.environ.pop("MPLBACKEND", None)  # figures are shown inline
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     start = time.time()
-    for path in [Path(n).resolve() for n in names] or reading_order():
-        print(f"{path.relative_to(ROOT)} ", end="", flush=True)
-        began = time.time()
-        try: run_one(path)
-        except CellExecutionError as error:
-            sys.exit("failed; the notebook is left as it was\n" + re.sub(r"\x1b\[[\d;]*m", "", str(error)))  # without colours
-        print(f"{time.time()-began:.1f} s")
+    paths = [Path(n).resolve() for n in names] or reading_order()
+    with ProcessPoolExecutor(min(workers, len(paths))) as pool:
+        for done in as_completed([pool.submit(try_one, path) for path in paths]):
+            path, seconds, error = done.result()
+            print(f"{path.relative_to(ROOT)} {seconds:.1f} s", flush=True)
+            if error is None: continue
+            pool.shutdown(wait=True, cancel_futures=True)  # those that are running are finished and stored
+            sys.exit(f"{path.relative_to(ROOT)} failed; the notebook is left as it was\n{error}")
     print(f"all {time.time()-start:.1f} s")
 
 
@@ -179,12 +195,14 @@ def check(what):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("run").add_argument("names", nargs="*", metavar="NOTEBOOK")
+    runs = commands.add_parser("run")
+    runs.add_argument("names", nargs="*", metavar="NOTEBOOK")
+    runs.add_argument("--workers", type=int, default=min(cores(), 4), help="notebooks side by side (default: one per core, at most 4)")
     commands.add_parser("readme")
     commands.add_parser("colab")
     commands.add_parser("check").add_argument("what", choices=CHECKS)
     args = parser.parse_args()
-    if args.command == "run": run(args.names)
+    if args.command == "run": run(args.names, args.workers)
     elif args.command == "readme": readme(ROOT)
     elif args.command == "colab": colab(ROOT)
     else: check(args.what)

@@ -41,6 +41,7 @@ ACTIVATIONS = "layers/test_reference_activations.py test_activations"
 WINDOWS, SPACE = "layers/test_reference_mixers.py window", "layers/test_reference_space.py softmax"
 TABLES = "layers/test_reference_attention.py table_to_bias"
 CONVS = "layers/test_reference_convs.py"
+CONVNEXT, PYRAMID, ANY_MAP = "models/adapters/convnext.py", "models/pyramid.py", "models/test_models.py kept_on_any_map"
 
 MUTANTS = [
     Mutant("mathematics", "masked variance without its n", NORM, ".square().sum(-1, keepdim=True) / n", ".square().sum(-1, keepdim=True)", ACTIVATIONS),
@@ -132,6 +133,27 @@ MUTANTS = [
     Mutant("road", "a folder with one's own files begun afresh", "train/folder.py", "or not all(name.startswith(START_FILES) for name in names)", "or False", "commands/test_practitioner.py begun"),
     Mutant("road", "folders of pictures written into", "tools/files.py", "and not (is_own and is_own(path))", "and False", "commands/test_practitioner.py somebody"),
     Mutant("road", "option given twice", "tools/cli.py", "if flags.count(flag) > 1:", "if False:", "commands/test_practitioner.py users_type"),
+    Mutant("mathematics", "masked means add up in half precision", DEPTH, "(mask.to(wide.dtype) / count @ wide)", "(mask.to(k.dtype) @ k / count)", "layers/test_fast.py masked_means"),
+    Mutant("mathematics", "masked positions of as many rows as kernels", "fast/relative_position.py", "k.new_zeros(*k.shape[:2], mask.shape[1], k.shape[3])", "torch.zeros_like(k)", "layers/test_strided.py padding_selects and StridedDepthwise"),
+    Mutant("mathematics", "a table in place of the bias of the call", "layers/strided.py", "rows if bias is None else bias + rows", "rows", "layers/test_strided.py numbers_added"),
+    Mutant("mathematics", "a neighborhood as wide as the map", NEAR, "largest_odd(min(self.grid_size) - 1)", "largest_odd(min(self.grid_size))", "layers/test_selection.py smaller_than_the_map"),
+    Mutant("surgery", "a stage of a dense ConvNeXt one position smaller", CONVNEXT, "if isinstance(conv, PADDED_AS_NEEDED) or conv.padding == 'same':", "if conv.padding == 'same':", ANY_MAP),
+    Mutant("surgery", "padding of a stem ignored", CONVNEXT, "(n + 2 * p - span - 1) // s + 1", "(n - span - 1) // s + 1", ANY_MAP),
+    Mutant("surgery", "a static kernel padded for the turned map", CONVNEXT, "(columns, columns, rows, rows)", "(rows, rows, columns, columns)", ANY_MAP),
+    Mutant("surgery", "taps of a dilated kernel side by side", CONVNEXT, "conv.weight[:, 0], conv.dilation", "conv.weight[:, 0], (1, 1)", ANY_MAP),
+    Mutant("surgery", "all blocks of a stage drop alike", PYRAMID, "drop_path=rate, **common) for rate in", "drop_path=rates[0], **common) for rate in", "models/test_beyond.py drop_path_grows"),
+    Mutant("surgery", "the last map of a pyramid never normed", PYRAMID, "self.norm(x) if norm and i == len(self.stages) - 1 else x", "x", "models/test_beyond.py on_the_way"),
+    Mutant("surgery", "a pyramid that never stops early", PYRAMID, "range(last + 1 if stop_early else len(self.stages))", "range(len(self.stages))", "models/test_beyond.py on_the_way"),
+    Mutant("surgery", "norms held with another deviation", "models/mixers.py", "unbiased=False", "unbiased=True", "models/test_beyond.py what_is_held"),
+    Mutant("surgery", "kept kernels counted with the bias", "models/kept.py", "activation(logits, mask=mask) if added else weights", "weights", "models/test_beyond.py by_counting"),
+    Mutant("counting", "taps of D-DW-Conv for nothing", "models/cost.py", "    return numel(outputs[0])\n\n# %% ../../nbs/models/11_cost.ipynb #6c8e3d07", "    return 0\n\n# %% ../../nbs/models/11_cost.ipynb #6c8e3d07", "models/test_beyond.py convnext_by_formula and ddwconv"),
+    Mutant("data", "names of shards not in the fingerprint", "data/fingerprint.py", "digest(f'{name}\\t{length}'", "digest(f'{length}'", "train/test_shards.py stream_knows"),
+    Mutant("data", "names in an archive not in the fingerprint", "data/fingerprint.py", "append(str(reader.filename(index)))", "append('')", "train/test_folders.py every_kind_know"),
+    Mutant("data", "fingerprint of all tensors for each class", "data/fingerprint.py", "mine = pixels[labels == number].contiguous()", "mine = pixels", "train/test_folders.py every_kind_know"),
+    Mutant("data", "the order of classes not compared", "data/fingerprint.py", "if old != new and set(old) == set(new): said", "if False: said", "train/test_folders.py every_kind_know"),
+    Mutant("road", "plan holds tables in float32 under --amp", "train/plan.py", "per_image * share, once * share", "per_image * share, once", "train/test_plan.py every_part"),
+    Mutant("road", "short steps of several GPUs one after the other", "train/plan.py", "steps * SHORTEST * gpus.count", "steps * SHORTEST", "train/test_plan.py time_is"),
+    Mutant("road", "a checkpoint half written blocks the retry", "train/folder.py", "'last.ckpt', '.last.ckpt.tmp', 'events", "'last.ckpt', 'events", "commands/test_signals.py never_blocks and last"),
 ]
 
 

@@ -79,6 +79,7 @@ def history_curves(
     for row in history: curves.setdefault(row['variant'], []).append(row[column])
     return curves
 
+# %% ../nbs/demo.ipynb #18c74c8d
 def write_results(
     out: Path,     # folder, made if it is not there
     report: dict,  # what goes into report.json

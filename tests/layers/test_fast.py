@@ -62,7 +62,8 @@ def test_float32_stays_as_close_as_the_definition(name, n):
         results[key] = [y, *torch.autograd.grad(y, [*x, *a.parameters()], torch.ones_like(y))]
     for quick, literal, exact in zip(*results.values()):
         error = lambda t: ((t.double() - exact).norm() / exact.norm()).item()
-        assert error(quick) < max(4 * error(literal), 1e-5)
+        own = quick.ndim == 1  # LayerNorm's parameters: oneDNN and torch sum their gradients over all positions in another order
+        assert error(quick) < 1.5 * error(literal) + (5e-6 if own else 2e-7)
 
 
 @pytest.mark.parametrize("name", ["softmax", "scaling", "scaling_relu", "ln", "ln_relu", "sigmoid"])
@@ -129,10 +130,8 @@ def test_second_derivatives_are_refused_not_wrong():
 def test_fast_models_compute_what_literal_ones_do(settings):
     torch.manual_seed(0)
     quick = create_model("deit_tiny_patch16_224", num_classes=5, depth=2, img_size=96, **settings)
-    slow = copy.deepcopy(quick)
-    for m in slow.modules():
-        if getattr(m, "backend", None) is dynamic_conv_attention: m.backend = attention
-        if getattr(m, "backend", None) is fast_depthwise_attention: m.backend = depthwise_attention
+    slow, definition = copy.deepcopy(quick), {dynamic_conv_attention: attention, fast_depthwise_attention: depthwise_attention}
+    for block in slow.blocks: block.attn.backend = definition[block.attn.backend]
     assert slow.state_dict().keys() == quick.state_dict().keys()
     x = torch.randn(2, 3, 96, 96)
     assert max(difference(quick.double(), slow.double(), x.double(), params=zip(quick.parameters(), slow.parameters()))) < 1e-8  # gradients of the first layer are large
@@ -145,9 +144,9 @@ def test_swin_with_shifted_windows(kind):
     torch.manual_seed(0)
     options = dict(kernel="depthwise", pos_per="channel") if kind == "depthwise" else dict(activation="ln_relu")
     quick = create_model("swin_tiny_patch4_window7_224", num_classes=5, img_size=112, depths=(2, 2), num_heads=(2, 4), embed_dim=16, drop_path_rate=0., **options).double()
-    slow = copy.deepcopy(quick)
-    for m in slow.modules():
-        if hasattr(m, "backend"): m.backend = depthwise_attention if kind == "depthwise" else attention
+    slow, definition = copy.deepcopy(quick), {dynamic_conv_attention: attention, fast_depthwise_attention: depthwise_attention}
+    for layer in slow.layers:
+        for block in layer.blocks: block.attn.backend = definition[block.attn.backend]
     x = torch.randn(1, 3, 112, 112, dtype=torch.float64)
     for mode in (True, False):
         quick.train(mode), slow.train(mode)
@@ -312,6 +311,19 @@ def test_depthwise_of_half_precision_is_no_worse_than_its_definition(dtype):
             exact = depthwise_attention(q.double(), k.double(), position=wide)
             ours, theirs = [((f(q, k, position=position).double() - exact).norm() / exact.norm()).nan_to_num(torch.inf, torch.inf).item() for f in (fast_depthwise_attention, depthwise_attention)]
         assert ours <= 1.1 * theirs + 1e-4, (size, mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [0, 60])
+def test_masked_means_of_half_precision_add_up_in_float32(dtype, mean):
+    "2048 of 4096 kernels with a large common mean: their sum is no number in float16, their mean is."
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 8, 3, generator=generator).to(dtype), (torch.randn(1, 2, 4096, 3, generator=generator) + mean).to(dtype)
+    mask = torch.rand(1, 1, 8, 4096, generator=generator) < .5
+    exact = depthwise_attention(q.double(), k.double(), mask=mask)
+    for f in depthwise_attention, fast_depthwise_attention:
+        y = f(q, k, mask=mask)
+        assert y.dtype == dtype and (y - exact).norm() < .5 * torch.finfo(dtype).eps * exact.norm()
 
 
 def test_masks_of_one_shape_are_told_apart():

@@ -423,7 +423,23 @@ def test_copies_and_state_dicts_of_rules(rule):
     other.load_state_dict(module.state_dict())
     for same in other, copy.deepcopy(module), pickle.loads(pickle.dumps(module)): assert_equal(same(x), module(x))
     words = repr(module.selection)
-    assert type(module.selection).__name__ in words
+    assert type(module.selection).__name__ in words and '\n' not in words      # messages name it, in one line
+
+
+@rules
+@mixers
+def test_hooks_of_a_selection(rule, mixer):
+    "A selection is called as every layer: hooks before and after it are asked, and may change what it says."
+    module, x, seen = build(rule, mixer), torch.from_numpy(checks.random(2, math.prod(GRID), 6)), []
+    module.selection.register_forward_pre_hook(lambda layer, args: seen.append(len(args)))
+    handle = module.selection.register_forward_hook(lambda layer, args, out: seen.append(out))
+    module.selection.bank.register_forward_hook(lambda layer, args, k: seen.append(k))
+    as_ever = module(x)
+    arguments, used, (k, _, _) = seen
+    assert arguments == 4 and torch.equal(used, k)
+    handle.remove()
+    module.selection.register_forward_hook(lambda layer, args, out: (out[0].flip(-1), *out[1:]))
+    assert (module(x) - as_ever).abs().max() > 1e-3
 
 
 @given(n=st.integers(1, 12), data=st.data())
@@ -449,6 +465,12 @@ def test_neighborhoods_have_k_squared_kernels(size, data):
     mask = NeighborhoodKernels(k, size).mask(*size)
     assert (mask.sum(1) == k * k).all() and mask.diagonal().all()
     assert all(mask[i, j] == in_neighborhood(i, j, size, k) for i in range(len(mask)) for j in range(len(mask)))
+
+
+def test_neighborhoods_are_smaller_than_the_map_unless_told_otherwise():
+    grids = {(1, 1): 1, (2, 5): 1, (3, 3): 1, (4, 4): 3, (5, 9): 3, (6, 6): 5, (7, 7): 5, (8, 8): 7, (56, 40): 7}
+    assert {grid: create_selection("neighborhood", grid).kernel_size for grid in grids} == grids
+    assert create_selection("neighborhood", (5, 9), kernel_size=5).mask(5, 9).sum(1).tolist() == [25] * 45
 
 
 def test_small_maps_have_one_window():

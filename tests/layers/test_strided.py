@@ -11,13 +11,14 @@ import torch
 
 import numpy_reference as ref
 import reference_checks as checks
-from vitdynconv.fast import dynamic_conv_attention
+from vitdynconv.fast import accelerate, dynamic_conv_attention
 from vitdynconv.framework import reference as numpy_mixers
 from vitdynconv.framework.beyond import kernels_with_taps, taps_at
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.layers.attention import DynamicConvAttention
 from vitdynconv.layers.selection import SELECTIONS
-from vitdynconv.layers.strided import StridedAttention, coarse_grid, strided_rows
+from vitdynconv.layers.depthwise import DepthwiseSelfAttention
+from vitdynconv.layers.strided import StridedAttention, StridedDepthwise, coarse_grid, strided_rows
 
 GRID = (5, 4)
 
@@ -84,18 +85,41 @@ def test_large_kernels_with_a_stride_by_loops(size, stride, pos):
 
 @pytest.mark.parametrize("rule", SELECTIONS)
 @pytest.mark.parametrize("kind", ["none", "plane", "additive", "causal"])
-def test_masks_and_selections_are_of_the_fine_map(rule, kind):
+@pytest.mark.parametrize("cls, whole", [(StridedAttention, DynamicConvAttention), (StridedDepthwise, DepthwiseSelfAttention)], ids=["pair", "depthwise"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_masks_and_selections_are_of_the_fine_map(rule, kind, cls, whole, fast):
     soft = not SELECTIONS[rule].hard
     if soft and kind != "none": pytest.skip("a soft selection takes no mask")
     settings = dict(pos=None if soft else "rel", grid_size=GRID, selection=rule)
-    full = checks.prepared(DynamicConvAttention(6, 2, **settings))
-    ours = StridedAttention(6, 2, 2, **settings).double()
+    full = checks.prepared(whole(6, 2, **settings))
+    ours = cls(6, 2, 2, **settings).double()
     ours.load_state_dict(full.state_dict())
+    if fast: accelerate(ours)
     mask = torch.from_numpy(np.random.default_rng(2).random((20, 20)) < .6)
     call = dict(none={}, plane=dict(mask=mask), causal=dict(is_causal=True),
                 additive=dict(mask=torch.zeros(20, 20, dtype=torch.float64).masked_fill(~mask, -100.)))[kind]
     x = torch.from_numpy(checks.random(2, 20, 6))
-    torch.testing.assert_close(ours(x, **call), full(x, **call)[:, kept(GRID, 2, 0)], rtol=0, atol=1e-13)
+    torch.testing.assert_close(ours(x, **call), full(x, **call)[:, kept(GRID, 2, 0)], rtol=0, atol=1e-12 if fast else 1e-13)
+
+
+@pytest.mark.parametrize("rule", [None, *(name for name, rule in SELECTIONS.items() if rule.hard)])
+@pytest.mark.parametrize("cls", [DynamicConvAttention, DepthwiseSelfAttention, StridedAttention, StridedDepthwise], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_image_of_padding_selects_nothing(rule, cls, kernel_size, fast):
+    "Nothing but the output's bias, no gradient, and the other image as if it were alone."
+    if cls is StridedAttention and kernel_size > 1: pytest.skip("kernels of k x k with a stride take no mask")
+    steps = dict(stride=2) if "Strided" in cls.__name__ else {}
+    module = checks.prepared(cls(6, 2, pos="rel", grid_size=GRID, selection=rule, kernel_size=kernel_size, **steps))
+    if fast: accelerate(module)
+    x = torch.from_numpy(checks.random(2, 20, 6)).requires_grad_()
+    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool)
+    mask[0], mask[1, :, :, 3] = False, False
+    y = module(x, mask=mask)
+    grad, = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(y[0], module.proj.bias.expand_as(y[0]), rtol=0, atol=1e-14)
+    assert not grad[0].any() and grad[1].any()
+    torch.testing.assert_close(y[1:], module(x[1:], mask=mask[1:]), rtol=0, atol=1e-13)
 
 
 def test_live_grid_and_out_grid():
@@ -107,6 +131,17 @@ def test_live_grid_and_out_grid():
     full = checks.prepared(DynamicConvAttention(6, 2, grid_size=(7, 6)))
     full.load_state_dict(module.state_dict())
     torch.testing.assert_close(module(x), full(x)[:, kept((7, 6), 2, 0)], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_numbers_added_to_logits_come_with_the_table(fast):
+    "A mask of numbers is a bias of the call; a learned table is another, and neither replaces the other."
+    full = checks.prepared(DynamicConvAttention(6, 2, pos="rel", grid_size=GRID))
+    ours = StridedAttention(6, 2, 2, pos="rel", grid_size=GRID).double()
+    ours.load_state_dict(full.state_dict())
+    if fast: accelerate(ours)
+    x, numbers = torch.from_numpy(checks.random(2, 20, 6)), torch.from_numpy(checks.random(20, 20))
+    torch.testing.assert_close(ours(x, mask=numbers), full(x, mask=numbers)[:, kept(GRID, 2, 0)], rtol=0, atol=1e-12)
 
 
 def test_rows_by_loops():

@@ -12,7 +12,7 @@ from torch import nn
 
 from vitdynconv import convert, create_model, describe, to_timm
 from vitdynconv.models.kept import kept_kernels, share_kept, with_topk
-from vitdynconv.models.mixers import WideValues, equal_depth, nonlinearity
+from vitdynconv.models.mixers import WideValues, equal_depth, hold, nonlinearity
 from vitdynconv.study.beyond import NETWORKS, OPEN_QUESTIONS, Question, answer
 from vitdynconv.models.pyramid import PyramidTransformer, stage_grids
 from vitdynconv.framework.beyond import beyond_proofs
@@ -213,6 +213,27 @@ def test_the_pyramid_has_strides_4_to_32_and_keeps_them():
     assert stage_grids((8, 12), (1, 2, 2)) == [(8, 12), (8, 12), (4, 6)]
 
 
+def test_drop_path_grows_from_block_to_block():
+    model = small("pyramid_tiny", drop_path_rate=.4)
+    for name in "drop_path1", "drop_path2":
+        rates = [getattr(getattr(block, name), "drop_prob", 0.) for stage in model.stages for block in stage]
+        assert rates == pytest.approx([0., .1, .2, .3, .4])
+
+
+def test_maps_of_a_pyramid_on_the_way():
+    "The last one is normed if that is asked for, and only that one; what is not asked for is not computed."
+    model = random_parameters(small("pyramid_tiny"))
+    x, seen = images("pyramid_tiny"), []
+    final, raw = model.forward_intermediates(x)
+    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    assert_equal(normed[3].flatten(2).mT, final, 1e-6)
+    assert_equal(normed[3].flatten(2).mT, model.norm(raw[3].flatten(2).mT), 1e-6)
+    assert all(map(torch.equal, normed[:3], raw[:3])) and (normed[3] - raw[3]).abs().max() > .1
+    for i, stage in enumerate(model.stages): stage.register_forward_hook(lambda module, inputs, out, i=i: seen.append(i))
+    first, = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    assert torch.equal(first, raw[1]) and seen == [0, 1]
+
+
 def test_convert_keeps_strides_and_widths():
     model = small("pyramid_tiny")
     there = convert(model, kernel="depthwise")
@@ -287,6 +308,15 @@ def test_what_non_linearity_remains(activation, left):
     assert nonlinearity(model, a, b) > 1e-2
     assert (nonlinearity(model, a, b, kernels=True, norms=True) > 1e-9) == left
     assert not model.blocks[0].norm1._forward_hooks and next(model.parameters()).dtype == torch.float32
+
+
+def test_what_is_held_is_what_the_first_image_gave():
+    model = random_parameters(small("vit_tiny_mixers_deep", activation="ln", match_size=32, depth=1), .3).double()
+    a, b = images(DEIT).double().split(1)
+    free = model.forward_features(a), model.forward_features(b)
+    with hold(model, kernels=True, norms=True): held = model.forward_features(a), model.forward_features(b)
+    assert_equal(held[0], free[0], 1e-10)
+    assert (held[1] - free[1]).norm() > .1 * free[1].norm() and torch.equal(model.forward_features(b), free[1])
 
 
 def test_depth_is_by_the_formula():
@@ -394,8 +424,11 @@ def test_bad_settings_get_one_line(settings, message):
 # Kernels that ReLU keeps
 
 @pytest.mark.parametrize("activation", ["scaling_relu", "ln_relu"])
-def test_kept_kernels_by_counting(activation):
-    model = small(DEIT, activation=activation, depth=1, pos="none")
+@pytest.mark.parametrize("pos", ["none", "rel"])
+def test_kept_kernels_by_counting(activation, pos):
+    "What ReLU lets through; the bias that Eq. 4 adds behind it keeps nothing."
+    model = small(DEIT, activation=activation, depth=1, pos=pos)
+    if pos == "rel": nn.init.normal_(model.blocks[0].attn.relative_position_bias_table)
     x = images(DEIT)
     rows = kept_kernels(model, x)
     tokens, inputs = None, []

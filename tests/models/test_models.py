@@ -11,7 +11,7 @@ import torch
 
 from vitdynconv.tools.testing import assert_equal
 from vitdynconv.models.paper import TABLE2, TABLE3
-from vitdynconv.layers.dconv import anneal
+from vitdynconv.layers.dconv import DynamicConv2d, anneal
 from vitdynconv.models.backbones import find_mixers
 from vitdynconv.models.registry import BASES, create_model, paper_model
 from vitdynconv.models.adapters.swin import DynamicConvSwin
@@ -158,7 +158,9 @@ def test_checkpointing_has_the_same_gradients(make):
     thrifty.set_grad_checkpointing()
     for m in plain, thrifty: m(images(m).double()).square().sum().backward()
     for (n, p), q in zip(plain.named_parameters(), thrifty.parameters()):
+        assert (p.grad is None) == (q.grad is None), n
         if p.grad is not None: assert_equal(p.grad, q.grad)
+    assert plain.get_parameter(next(n for n, _ in plain.named_parameters() if n.endswith('proj.weight') or n == 'stem.0.weight')).grad.any()
 
 
 @everywhere
@@ -212,9 +214,22 @@ def test_images_of_any_size(make):
 
 
 def test_d_conv_networks_anneal():
-    model = built(ZOO['dconv deit'])
-    x, before = images(model), model(images(model))
-    assert anneal(model, epoch=10) == 3 and (model(x) - before).abs().max() > 0
+    "From temperature 30 to 1, with the router and the mixture of its convolutions written out here."
+    model, seen = built(ZOO['dconv deit']), []
+    convs = [m for m in model.modules() if isinstance(m, DynamicConv2d)]
+    for conv in convs: conv.register_forward_hook(lambda conv, x, y: seen.append((conv, x[0], y)))
+    with torch.no_grad(): model(images(model))
+    assert anneal(model, epoch=10) == len(convs) == 3
+    with torch.no_grad(): model(images(model))
+    gaps = []
+    for t, (conv, x, y) in zip([30, 30, 30, 1, 1, 1], seen, strict=True):
+        squeeze, _, score = conv.router
+        p = (score(squeeze(x.mean((2, 3))).clamp(min=0)) / t).exp()
+        p = p / p.sum(1, keepdim=True)
+        each = torch.stack([torch.nn.functional.conv2d(x, w, b, padding=1) for w, b in zip(conv.weight, conv.bias)], 1)
+        assert_equal(y, torch.einsum('bm,bmchw->bchw', p, each), tol=1e-6)
+        gaps.append((y - each.mean(1)).abs().max())
+    assert min(gaps[3:]) > 10 * max(gaps[:3]) > 0                  # 30 mixes nearly evenly, 1 does not
 
 
 # Out of Python
@@ -316,6 +331,19 @@ def test_static_kernels_are_kept_where_they_can_be():
         with pytest.raises(ValueError, match='static kernel'): to_timm(new)
     other = exchange(base, 'dconv', kernel_size=3)
     assert other.stages[0].blocks[0].conv_dw.weight.shape == (4, 8, 8, 3, 3) and len(other.conversion.dropped) == 10
+
+
+@pytest.mark.parametrize('settings', [{}, dict(output_stride=8), dict(output_stride=16, kernel_sizes=5), dict(kernel_sizes=(3, 5, 7, 9)), dict(stem_type='overlap_tiered', kernel_sizes=3)], ids=str)
+def test_static_kernels_are_kept_on_any_map(settings):
+    "Not square, dilated, of other sizes, behind other stems; and every grid is that of the map."
+    torch.manual_seed(0)
+    base = timm.create_model('convnext_atto', dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_classes=5, ls_init_value=.5, **settings).double().eval()
+    base.img_size = 64, 96
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    new = convert(base, kernel='depthwise', pos='rel', pos_per='channel')
+    assert_equal(new(x), base(x))
+    maps = base.forward_intermediates(x, intermediates_only=True)
+    assert [stage.blocks[-1].conv_dw.mixer.grid_size for stage in new.stages] == [tuple(m.shape[2:]) for m in maps]
 
 
 def test_a_convnext_has_no_place_for_an_embedding_or_a_token():

@@ -116,6 +116,20 @@ def test_solutions_are_true(page, monkeypatch):
                 for code in re.findall(r"```python\n(.*?)```", solution, re.S): exec(code, space)
 
 
+# The path through the derivation
+
+@pytest.mark.parametrize("page", DERIVATION)
+def test_a_page_ends_for_the_reader_before_it_goes_on_for_builders(page):
+    "What only builders need stands behind the exercises, and no page tells its reader what to skip."
+    text = "\n\n".join(cells(page, "markdown"))
+    assert not re.search(r"\bskip\b", words(page))
+    if "## For builders" in text: assert text.index("**You can now**") < text.index("## For builders")
+
+
+def test_the_four_questions_come_right_after_the_identity():
+    assert DERIVATION[:3] == ["layers/00_conv.ipynb", "layers/01_equivalence.ipynb", "framework/00_spec.ipynb"]
+
+
 # Pictures
 
 @pytest.mark.parametrize("page", PAGES)

@@ -94,7 +94,7 @@ def test_nothing_is_unfinished_or_tied_to_one_machine():
 def project(tmp_path):
     "A copy of the project with one small notebook beside the index."
     for name in ".ci", "nbs", "vitdynconv": (tmp_path/name).mkdir()
-    for name in "settings.ini", "setup.py", "constraints.txt", ".ci/notebooks.py", ".ci/tests.py", ".ci/venv", "nbs/index.ipynb", "nbs/_quarto.yml":
+    for name in "settings.ini", "setup.py", "constraints.txt", ".ci/notebooks.py", ".ci/tests.py", ".ci/share.py", ".ci/venv", "nbs/index.ipynb", "nbs/_quarto.yml":
         shutil.copy(ROOT/name, tmp_path/name)
     write_notebook(tmp_path/"nbs/00_one.ipynb", ["#| default_exp one", "#| export\ndef one(): return 1", "print(one() + 1)"])
     (tmp_path/"_quarto.yml").write_text("website: {sidebar: {contents: [index.ipynb, 00_one.ipynb]}}")
@@ -177,6 +177,25 @@ def test_run_stops_at_an_error_and_keeps_the_notebook(project):
     assert path.read_bytes() == before and not list(project.rglob("*.tmp"))
 
 
+WAITS = """import pathlib, time
+pathlib.Path('{mine}.here').touch()
+end = time.time() + 120
+while not pathlib.Path('{other}.here').exists():
+    assert time.time() < end, 'alone'
+    time.sleep(.1)
+print('met')"""
+
+
+def test_run_takes_notebooks_side_by_side(project):
+    "Each of two notebooks waits for the other: one after the other, the first would never end."
+    paths = [project/"nbs/00_one.ipynb", project/"nbs/01_two.ipynb"]
+    for path, mine, other in zip(paths, "ab", "ba"): write_notebook(path, [WAITS.format(mine=mine, other=other)])
+    done = caretaker("run", "--workers", "2", *paths, root=project)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [cells(path, "code")[0]["outputs"][0]["text"] for path in paths] == [["met\n"]]*2
+    assert all(f"nbs/{path.name} " in done.stdout for path in paths)
+
+
 COLAB = """website: {sidebar: {contents: [index.ipynb, 00_one.ipynb]}}
 format:
   html:
@@ -218,15 +237,95 @@ def test_make_test_shows_progress_times_and_the_count(project):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line[:3] for line in lines[:5]] == ["1/6", "2/6", "3/6", "4/6", "5/6"] and all(re.search(r"\(\d+ s\)$", line) for line in lines[:4])
-    assert any(re.match(r"notebooks +\d+ s \| .*00_one.ipynb", line) for line in lines) and any(re.match(r"tests +\d+ s \| ", line) for line in lines)
+    assert any(re.match(r"notebooks +\d+ s \| .*00_one.ipynb", line) for line in lines) and any(re.match(r"tests [12] +\d+ s \| ", line) for line in lines)
     assert re.match(r"2 passed, 1 deselected in ", lines[-1])
-    done = everything(project, "--slow")
-    assert re.match(r"3 passed in ", done.stdout.splitlines()[-1])
-    with (project/"tests/test_one.py").open("a") as file: file.write("def test_d(): assert False\n")
-    write_notebook(project/"nbs/00_one.ipynb", ["#| default_exp one", "#| export\ndef one(): return 1", "assert one() == 2"])
-    done = everything(project)
-    assert done.returncode == 1 and "notebooks: FAILED" in done.stdout and "tests: FAILED" in done.stdout
-    assert re.match(r"1 failed, 2 passed", done.stdout.splitlines()[-1])
+
+
+NOTEBOOKS_PASS = "#!/bin/sh\necho 00_one.ipynb\n"
+MANY = """
+import os, time
+from pathlib import Path
+import pytest
+def note(name):
+    with Path("ran.txt").open("a") as file: file.write(f"{{name}} {{os.getpid()}}\\n")
+    time.sleep(.05)
+@pytest.mark.parametrize("number", range(2))
+def test_some(number): note(f"{name}-{{number}}")
+def test_site(site): note("site")
+@pytest.mark.slow
+def test_slow(): note("{name}-slow")
+"""
+
+
+@pytest.fixture
+def shared(tmp_path):
+    "A project with eight test files and no notebooks: a function that runs all of it, with two lanes."
+    for folder in ".ci", "tests": (tmp_path/folder).mkdir()
+    for name in ".ci/tests.py", ".ci/share.py", "pytest.ini": shutil.copy(ROOT/name, tmp_path/name)
+    (tmp_path/"tests/conftest.py").write_text("import pytest\n@pytest.fixture(scope='session')\ndef site(): return 1\n")
+    for name in "abcdefgh": (tmp_path/f"tests/test_{name}.py").write_text(MANY.format(name=name))
+    (tmp_path/"nbdev_test").write_text(NOTEBOOKS_PASS)
+    (tmp_path/"nbdev_test").chmod(0o755)
+    code = ("import sys; sys.path.insert(0, '.ci'); import tests; from pathlib import Path; tests.BIN = Path.cwd(); "
+            "tests.cores = lambda: int(sys.argv[1]); sys.exit(tests.run_all(len(sys.argv) > 2))")
+    def run(*words, cores=2):
+        return subprocess.run([sys.executable, "-c", code, str(cores), *words], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                              env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    run.folder = tmp_path
+    return run
+
+
+def ran(shared):
+    "Test -> the processes that ran it."
+    found = {}
+    for line in (shared.folder/"ran.txt").read_text().splitlines(): found.setdefault(line.split()[0], []).append(line.split()[1])
+    return found
+
+
+@pytest.mark.parametrize("cores, slow", [(2, []), (2, ["slow"]), (1, [])])
+def test_two_processes_share_the_tests_and_run_each_once(shared, cores, slow):
+    done = shared(*slow, cores=cores)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, lines = ran(shared), done.stdout.splitlines()
+    site = found.pop("site")
+    assert len(site) == 8 and len(set(site)) == 1  # the fixture is made once
+    assert set(found) == {f"{name}-{number}" for name in "abcdefgh" for number in ["0", "1"] + slow}
+    assert all(len(processes) == 1 for processes in found.values())
+    assert len({process for processes in found.values() for process in processes}) == cores
+    assert all(any(re.match(rf"tests [12] +\d+ s \| tests/test_{name}.py: \d tests in \d+ s \(\d of 9 taken\)$", line) for line in lines) for name in "abcdefgh")
+    assert re.match(r"32 passed in \d+ s$" if slow else r"24 passed, 8 deselected in \d+ s$", lines[-1])
+    assert "notebooks: passed in" in done.stdout and "tests: passed in" in done.stdout
+
+
+BREAK = {  # what one file does -> what is said at the end
+    "def test_red(): assert False": (r"1 failed, 24 passed, 8 deselected in", "FAILED tests/test_e.py::test_red"),
+    "import nowhere": (r".* not run in", "ended with code 2"),
+    "def test_red(): os._exit(0)": (r".* not run in", "tests: FAILED"),
+    "def test_red(): os.kill(os.getpid(), 9)": (r".* not run in", "ended with code -9"),
+}
+
+
+@pytest.mark.parametrize("words", BREAK)
+def test_a_red_test_and_a_process_that_dies_fail_everything(shared, words):
+    with (shared.folder/"tests/test_e.py").open("a") as file: file.write(f"\n{words}\n")
+    done = shared()
+    last, said = BREAK[words]
+    assert done.returncode == 1 and "tests: FAILED" in done.stdout and said in done.stdout, done.stdout + done.stderr
+    assert re.match(last, done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo No files were eligible for testing"])
+def test_notebooks_that_fail_fail_everything(shared, script):
+    (shared.folder/"nbdev_test").write_text(f"#!/bin/sh\n{script}\n")
+    done = shared()
+    assert done.returncode == 1 and "notebooks: FAILED" in done.stdout and "tests: passed" in done.stdout
+
+
+def test_the_long_files_that_go_first_are_there():
+    spec = importlib.util.spec_from_file_location("share", ROOT/".ci/share.py")
+    share = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(share)
+    assert set(share.LONG[1:]) <= {path.name for path in (ROOT/"tests").rglob("test_*.py")}
 
 
 def test_continuous_integration_runs_the_slow_tests_too():

@@ -29,6 +29,8 @@ from vitdynconv.train.build import recipe_dls, recipe_model
 # no drop path and no mixing: those are drawn by each process, and would differ from one process's
 EVEN = ['--epochs', '2', '--batch_size', '128', '--set', 'lr_batch_size=128 warmup_epochs=0.5 ema=yes ema_decay=0.9 grad_accum=2']
 
+ONE_EPOCH = ['--epochs', '1', *EVEN[2:]]
+
 
 PICTURES = dict(epochs='2', img_size='16', depth='1', embed_dim='32', num_heads='2', workers='0', rand_augment='')
 
@@ -114,6 +116,19 @@ def test_processes_that_share_a_network_validate_different_numbers_of_batches(tm
         assert code == 0, errors
         results[name] = [(row['accuracy'], row['ema_accuracy']) for row in rows_of(tmp_path/name)]
     assert results['whole'] == results['shared']
+
+
+@pytest.mark.parametrize('more', [[], ['--shard']])
+def test_what_was_not_written_is_made_up_for_by_all_processes(tmp_path, more):
+    "The picture excepted where no process has the whole network."
+    code, _, errors = run(tmp_path, *ONE_EPOCH, *more, '--out', 'RUN', processes=2)
+    assert code == 0, errors
+    kept = {name: (tmp_path/'RUN'/name).read_bytes() for name in ('best.safetensors', 'history.csv', 'mistakes.png')}
+    for name in (*kept, 'curves.png'): (tmp_path/'RUN'/name).unlink()
+    code, _, errors = run(tmp_path, '--resume', 'RUN', processes=2)
+    assert code == 0 and (tmp_path/'RUN/curves.png').exists(), errors
+    if more: assert not (tmp_path/'RUN/mistakes.png').exists() and kept.pop('mistakes.png')
+    assert {name: (tmp_path/'RUN'/name).read_bytes() for name in kept} == kept
 
 
 def test_one_process_has_nothing_to_share(tmp_path):

@@ -266,13 +266,21 @@ def test_loaders_of_every_kind_know_their_data(tree, tmp_path):
     assert digits == data_fingerprint(digits_dls(seed=3, batch_size=64)) and differences(digits, data_fingerprint(digits_dls(split_seed=3)))
     assert differences(digits, data_fingerprint(digits_dls(channels=3)))[0] == 'images have 3 channels, not 1'
     assert differences(digits, data_fingerprint(digits_dls(size=8)))
+    one = digits_dls()
+    assert {name: mark[0] for name, mark in digits['parts']['train'].items()} == {str(i): int(n) for i, n in enumerate(one.train_ds.labels.bincount())}
+    one.train_ds.pixels[7, 0, 3, 3] += 1
+    assert differences(digits, data_fingerprint(one)) == [f"class '{int(one.train_ds.labels[7])}' has other training images, or changed ones"]
+    assert differences(digits, digits | dict(classes=digits['classes'][::-1])) == ['the classes are numbered in another order']
     for split in 'train', 'validation':
-        files = {f'{file.parent.name}/{file.name}': file for file in sorted((tree / split).glob('*/*'))}
+        pictures = sorted((tree / split).glob('*/*'))
+        files = {f'{file.parent.name}/{file.name}': file for file in pictures}
         tar_of(files, tmp_path / f'{split}.tar')
     packed = data_fingerprint(tree_dls(tmp_path))
     assert packed == data_fingerprint(tree_dls(tmp_path)) and packed['parts']['train']['3'][0] == 20
-    tar_of(dict(list(files.items())[:-1]), tmp_path / 'validation.tar')
-    assert differences(packed, data_fingerprint(tree_dls(tmp_path))) == ["class '9' has 19 held-out images, not 20"]
+    most = dict(list(files.items())[:-1])
+    for last, words in (most, "class '9' has 19 held-out images, not 20"), (most | {'9/another.jpg': pictures[-1]}, "class '9' has other held-out images, or changed ones"):
+        tar_of(last, tmp_path / 'validation.tar')
+        assert differences(packed, data_fingerprint(tree_dls(tmp_path))) == [words]
 
 
 def test_splits_are_found_by_their_usual_names(tree, tmp_path):

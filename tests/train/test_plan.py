@@ -87,6 +87,9 @@ def test_every_part_of_a_step_is_counted():
     assert memory.passes(6) == pytest.approx(step_bytes(model.train(), torch.empty(6, 1, 16, 16, device="meta")), rel=1e-3)
     assert step_memory(model, recipe.replace(amp="bf16")).per_image == pytest.approx(memory.per_image * 2 / 3)
     assert step_memory(model, recipe.replace(ema=False)).average == 0
+    with torch.device("meta"): tables = create_model("vit_tiny_patch16_224", pos="rel", img_size=16, patch_size=4, in_chans=1, **SMALL)
+    whole, half = (step_memory(tables, recipe.replace(amp=amp)) for amp in ("", "bf16"))
+    assert whole.once > 0 and (half.once, half.per_image) == pytest.approx((whole.once * 2 / 3, whole.per_image * 2 / 3))
     shared = step_memory(model, recipe.replace(shard=True), gpus=4)
     assert shared.fixed == pytest.approx(memory.fixed / 4) and shared.per_image == memory.per_image
     assert moment_bytes(model, recipe.replace(opt="sgd")) == weights
@@ -105,6 +108,8 @@ def test_time_is_multiply_adds_over_speed():
     cost = run_cost(recipe, PlannedImages(10_240, 1000, decoded=100.), 4.6, Gpus(4, speed=20.))
     assert cost.steps == 100 and cost.gpu_hours == pytest.approx(3 * 4.6e9 * 102_400 / 20e12 / 3600)
     assert cost.hours == pytest.approx(cost.gpu_hours / 4) and cost.cores == np.ceil(102_400 / (cost.hours * 3600) / 100)
+    tiny = run_cost(recipe, PlannedImages(10_240, 1000, decoded=0.), 1e-6, Gpus(4))   # a step takes 0.02 s at least, on all GPUs at once
+    assert (tiny.hours, tiny.gpu_hours, tiny.images_per_second, tiny.cores) == pytest.approx((100 * .02 / 3600, 4 * 100 * .02 / 3600, 102_400 / 2, 0))
     assert share_of(recipe, Gpus(4)) == 256
     with pytest.raises(ValueError, match="does not split over 3 GPUs"): share_of(recipe, Gpus(3))
 

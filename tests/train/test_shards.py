@@ -265,3 +265,10 @@ def test_a_stream_knows_its_data(shards, tmp_path):
     info['splits']['train'] |= dict(filenames=info['splits']['train']['filenames'][:3], shard_lengths=[50] * 3, num_samples=150)
     (root / '_info.json').write_text(json.dumps(info))
     assert fingerprint_differences(before, data_fingerprint(shard_dls(root))) == ['the data set has 150 training images, not 200']
+    root = shutil.copytree(shards, tmp_path / 'renamed')
+    info = json.loads((root / '_info.json').read_text())
+    names = info['splits']['train']['filenames']
+    (root / names[0]).rename(root / f'other-{names[0]}')
+    names[0] = f'other-{names[0]}'
+    (root / '_info.json').write_text(json.dumps(info))
+    assert fingerprint_differences(before, data_fingerprint(shard_dls(root))) == ['the data set has other training images, or changed ones']

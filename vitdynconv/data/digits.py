@@ -110,7 +110,6 @@ def uniform(generator: torch.Generator, *shape) -> Tensor:
     "Random numbers from 0 to 1."
     return torch.rand(*shape, generator=generator)
 
-
 def paint(ink: Tensor, background: Tensor, generator: torch.Generator) -> Tensor:  # (n, 3, size, size)
     "Ink (n, 1, size, size) in a colour that stands out from its background (n, 3, size, size)."
     colour = background.mean((2, 3), keepdim=True)
@@ -119,7 +118,7 @@ def paint(ink: Tensor, background: Tensor, generator: torch.Generator) -> Tensor
     colour = (colour + away * contrast).clamp(0, 1)
     return background * (1 - ink) + colour * ink
 
-
+# %% ../../nbs/data/02_digits.ipynb #3ff2da35
 def near(
     centre: Tensor,  # (n, 2)
     extent: Tensor,  # (n, 1) half the side of the digit

@@ -91,7 +91,7 @@ def download(root: Path) -> None:
         for name in sum(FILES.values(), ()):
             shutil.move(Path(draft, 'FashionMNIST', 'raw', f'{name}.gz'), raw / f'{name}.gz')
 
-
+# %% ../../nbs/data/03_fashion.ipynb #ec25620f
 def find_fashion(
     root=None,       # folder to look in first, and to download to
     fetch=True,      # download where nothing is found

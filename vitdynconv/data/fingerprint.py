@@ -50,11 +50,10 @@ def listed_fingerprint(data: ImageData) -> dict:  # class -> [images, hash of na
         found[data.vocab[int(target)]].append(str(reader.filename(index)))
     return {name: [len(words), digest(words)] for name, words in found.items()}
 
-
+# %% ../../nbs/data/08_fingerprint.ipynb #0361c0f7
 def stream_fingerprint(data: ImageData) -> dict:  # '' -> [images, hash of the shards' names and lengths]
     "The fingerprint of a stream: its shards."
     return {'': [data.total, digest(f'{name}\t{length}' for name, length in data.shards)]}
-
 
 def part_fingerprint(data: ImageData) -> dict:
     "The fingerprint of one split, whatever holds it."

@@ -18,9 +18,9 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 from torch import nn
 from torch.utils.data import IterableDataset
-from vitdynconv.data.folders import (
-    FolderReader, class_problems, complain, find_split, folder_readers, held_out_words, is_unsplit, left_out,
-    overlap_problems, some)
+from .folders import (
+    FolderReader, alike_words, class_problems, complain, find_split, folder_readers, held_out_words,
+    is_unsplit, left_out, overlap_problems, some)
 from .images import (
     IMAGE_SETTINGS, UNREADABLE, ImageLoader, ImageSet, image_transforms, statistics)
 from .loader import own_share
@@ -186,7 +186,7 @@ def remark(sources: list, split: dict | None) -> str:
     others = Counter()
     for source in sources[:1] if split else sources:
         others += getattr(getattr(source, 'reader', None), 'others', Counter())
-    return held_out_words(split) + left_out(others)
+    return held_out_words(split) + left_out(others) + alike_words(class_names(sources[0]))
 
 # %% ../../nbs/data/07_imagenet.ipynb #sh12imn
 def imagenet_dls(

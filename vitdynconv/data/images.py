@@ -220,7 +220,7 @@ def read(
     if isinstance(file, Image.Image): return as_rgb(file), int(label)
     with Image.open(file) as picture: return as_rgb(picture), int(label)
 
-
+# %% ../../nbs/data/04_images.ipynb #1d57269c
 @patch
 def read_if_readable(self: ImageSet, index: int):  # picture and label, or None
     "Read one image, or note that it cannot be read."
@@ -236,14 +236,13 @@ def to_grey(x: Tensor) -> Tensor:  # uint8 (3, h, w) -> (1, h, w)
     weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     return (x * weights).sum(0, keepdim=True).round().to(torch.uint8)
 
-
 @patch
 def prepare(self: ImageSet, picture: Image.Image) -> Tensor:  # uint8 (channels, size, size)
     "Augment or crop a picture, as `split_idx` says."
     x = torch.as_tensor(self.transforms[self.split_idx](picture))
     return to_grey(x) if len(self.mean) == 1 else x
 
-
+# %% ../../nbs/data/04_images.ipynb #72f2f526
 @patch
 def __getitem__(self: ImageSet, request):  # uint8 (c, h, w), label; None where it is left out
     *key, index = request

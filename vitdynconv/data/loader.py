@@ -308,7 +308,7 @@ def show_batch(self: EpochLoader, b=None, max_n=9, nrows=None, figsize=None, tit
         sample[0].show(ctx=axis, interpolation='nearest')
         axis.set_title(title, fontsize=9)
 
-
+# %% ../../nbs/data/00_loader.ipynb #9d257ae6
 @patch
 def show_results(self: EpochLoader, b, out, max_n=9, nrows=None, figsize=None):
     "Show images of `b` under their class name and, where it differs, the predicted one."

@@ -73,12 +73,11 @@ def class_numbers(dataset) -> dict:  # name -> number; empty when the data do no
         if numbers: return {str(name): number for name, number in numbers.items()}
     return {}
 
-
+# %% ../../nbs/data/06_shards.ipynb #4e50f253
 def class_names(dataset) -> list:  # by number
     "Names of the classes of a timm or torchvision data set; empty when it has none."
     numbers = class_numbers(dataset)
     return sorted(numbers, key=numbers.get)
-
 
 def drop_hidden(reader: Reader) -> None:  # timm's reader of tars, changed
     "Leave out the hidden entries of an archive, and the classes that consist of nothing else."
@@ -88,7 +87,6 @@ def drop_hidden(reader: Reader) -> None:  # timm's reader of tars, changed
     names = sorted(reader.class_name_to_idx, key=reader.class_name_to_idx.get)
     kept, reader.targets = np.unique(targets, return_inverse=True)
     reader.class_name_to_idx = {names[number]: place for place, number in enumerate(kept)}
-
 
 def in_hidden(path: str) -> bool:
     "Does a path of an archive go through a hidden entry?"
@@ -286,7 +284,7 @@ def stream_problems(name: str, source: IterableDataset, num_classes: int) -> lis
     if 0 <= int(label) < num_classes: return []
     return [f'a label of the {name} stream is {label}, but there are {num_classes} classes']
 
-
+# %% ../../nbs/data/06_shards.ipynb #c7207d40
 def sharing_problems(sources: list, world: int) -> list:  # of sentences
     "Where there are fewer shards than processes."
     problems = []
@@ -337,7 +335,7 @@ def stream_loader(
     training = dict(random_erasing=settings['random_erasing'], drop_last=True, shuffle=True)
     return StreamLoader(stream, num_workers=workers, **training, **common)
 
-
+# %% ../../nbs/data/06_shards.ipynb #92faffc0
 def stream_dls(root: str | Path, sources: list, settings: dict, common: dict) -> DataLoaders:
     "Loaders of two streams."
     vocab = vocabulary(sources[0], settings)

@@ -121,12 +121,11 @@ def normalize(self: TensorSet, pixels: Tensor) -> Tensor:
     std = channel_shape(self.std)
     return (pixels - mean.to(pixels.device)) / std.to(pixels.device)
 
-
+# %% ../../nbs/data/01_tensors.ipynb #f7db2b9c
 @patch(as_prop=True)
 def images(self: TensorSet) -> Tensor:
     "All images (n, c, size, size), normalized, not augmented."
     return self.prepared(torch.arange(len(self)))
-
 
 @patch
 def prepared(self: TensorSet, index: Tensor, moves=None) -> Tensor:

@@ -39,6 +39,7 @@ def is_elementwise(act: Callable) -> bool:
     nothing else?"""
     return keeps(act, Activation, 'forward') and keeps(act, Pointwise, 'activate', 'elementwise')
 
+# %% ../../nbs/fast/04_dispatch.ipynb #36bc0c9a
 def evaluation_of(act: Callable, m: int) -> str:
     """What an activation of `m` kernels allows: 'fused', 'linear', 'relu', 'pointwise', 'ln', 'ln_relu',
     'rows' or 'definition'."""
@@ -127,6 +128,7 @@ def row_weights(act: nn.Module, kind: str, masked: bool) -> tuple[Callable, list
                                           dict(bias=bias, mask=mask))
     return weights, list(act.parameters())
 
+# %% ../../nbs/fast/04_dispatch.ipynb #3aac15f4
 def by_rows(q, k, v, act: nn.Module, kind: str, bias: Tensor | None, mask: Tensor | None,
             stored: bool) -> Tensor:
     "Whole rows in tiles, or all stored, (b, h, n, e); bias and mask have four axes."
@@ -168,6 +170,7 @@ def compute(q, k, v, act: Callable, bias, mask, position: RelativePosition | Non
         return add_position_term(y, v, bias, position)
     return compute_by_logits(q, k, v, act, kind, bias, mask, position)
 
+# %% ../../nbs/fast/04_dispatch.ipynb #3246dffd
 def compute_by_logits(q, k, v, act, kind: str, bias, mask, position: RelativePosition | None) -> Tensor:
     "The choice among the ways that compute every logit, (b, h, n, e)."
     n, m = q.shape[2], k.shape[2]

@@ -167,17 +167,18 @@ def window_patterns(mask: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 # %% ../../nbs/fast/03_relative_position.ipynb #92652629
 def masked_position(k: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    """The position term of (windows, h, n, d) over the kernels of a mask (windows, n, n): one product per
+    """The position term of (windows, h, m, d) over the kernels of a mask (windows, n, m): one product per
     pattern."""
-    y = torch.zeros_like(k)
+    y = k.new_zeros(*k.shape[:2], mask.shape[1], k.shape[3])           # a stride leaves fewer rows
     for pattern, members in zip(*window_patterns(mask)):
         y = y.index_copy(0, members, bias_product(k[members], bias * pattern))
     return y
 
 # %% ../../nbs/fast/03_relative_position.ipynb #e1a12f2f
 def masked_mean(k: Tensor, mask: Tensor) -> Tensor:
-    """The mean of (windows, h, n, d) over the kernels of a mask (windows or 1, n, n), which heads share; zero
+    """The mean of (windows, h, m, d) over the kernels of a mask (windows or 1, n, m), which heads share; zero
     where it selects none."""
     count = mask.sum(-1, keepdim=True).clamp(min=1)
-    y = mask.to(k.dtype) @ k.transpose(1, 2).flatten(2) / count        # (windows, n, h*d)
+    wide, = in_float32(k.transpose(1, 2).flatten(2))
+    y = (mask.to(wide.dtype) / count @ wide).to(k.dtype)               # (windows, n, h*d)
     return y.unflatten(2, (k.shape[1], -1)).transpose(1, 2)

@@ -14,6 +14,7 @@ from .mixer import TokenMixer, split_heads
 from .takeover import (
     center_only, copy_module, copy_weights, hooks_of, is_plain, timm_settings)
 from .equivalence import with_position
+from .families.activation import at_least_float32
 from ..tools.compat import one_operation
 
 # %% ../../nbs/layers/08_depthwise.ipynb #b9688281
@@ -24,7 +25,8 @@ def mean_kernel(
     "The mean of the selected kernels."
     if mask is None: return k.mean(-2, keepdim=True)
     count = mask.sum(-1, keepdim=True).clamp(min=1)
-    return (mask.to(k.dtype) @ k) / count
+    wide = at_least_float32(k)   # thousands of kernels add up to more than half precision holds
+    return (mask.to(wide.dtype) / count @ wide).to(k.dtype)
 
 # %% ../../nbs/layers/08_depthwise.ipynb #c250d221
 def depthwise_attention(

@@ -35,6 +35,7 @@ def rebuilt(
     new.__setstate__(state)
     return new
 
+# %% ../../nbs/models/01_adapter.ipynb #2351b72c
 def set_module(
     model: nn.Module,  # changed in place
     path: str,         # dotted
@@ -126,6 +127,7 @@ class Backbone:
     features = dict(feature_cls='getter', out_indices=3) # timm's settings of `features_only`
     takes_img_size = True       # does timm's constructor take `img_size`?
     keeps_tables = False        # has timm's mixer a relative position table?
+    no_presets = ()             # prefixes of names, as 'window', under which this kind gets no entry
 
     def __init__(self, model: nn.Module): self.model = model
 
@@ -196,6 +198,7 @@ def copied(self: Backbone) -> Backbone:
     backbone.prepare()
     return backbone
 
+# %% ../../nbs/models/01_adapter.ipynb #5896061c
 @patch
 def prepare(self: Backbone) -> None: "Exchange parts of a copied model that must be of another class."
 

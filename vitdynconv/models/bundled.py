@@ -48,6 +48,7 @@ def variant_of(
     if kernel == 'depthwise': return kernel
     return activation if isinstance(activation, str) else type(activation).__name__
 
+# %% ../../nbs/models/20_bundled.ipynb #f0c21dd1
 def weights_path(
     name: str,                               # 'vdc_vit_fashion' or 'vdc_swin_fashion'
     activation: str | nn.Module = 'softmax', # as for `create_model`
@@ -60,6 +61,7 @@ def weights_path(
     if name in FASHION_BODIES and path.is_file(): return path
     raise ValueError(f'no trained weights for {name} with {variant}; there are: {all_variants()}')
 
+# %% ../../nbs/models/20_bundled.ipynb #0e7eb3e8
 def file_name(name: str, variant: str) -> str:
     "What the weights of a network are called."
     return f'{name}.{variant}.safetensors'
@@ -108,6 +110,7 @@ def with_weights(
     check_trained(name, kwargs)
     return False, wanted | dict(checkpoint=weights_path(name, *kernel_of(kwargs)))
 
+# %% ../../nbs/models/20_bundled.ipynb #4e8f7d34
 def kernel_of(kwargs: dict) -> tuple:
     "Activation and kernel in the arguments of `create_model`."
     return kwargs.get('activation', 'softmax'), kwargs.get('kernel', 'pair')

@@ -87,6 +87,7 @@ def table3_for_people(
         lines.append(line | dict(correction=row['correction']))
     return lines
 
+# %% ../../nbs/models/13_commands.ipynb #11f75858
 def with_decimals(
     rows: list[dict], # one dictionary per row
     digits: str,      # format of numbers, such as '.9f'

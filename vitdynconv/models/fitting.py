@@ -55,6 +55,7 @@ def possible_grids(
         if not soft and name.startswith('act.') and w.ndim: return factor_pairs(len(w) - prefix)
     return []
 
+# %% ../../nbs/models/07_fitting.ipynb #37adb212
 def grid_in(
     weights: dict[str, Tensor],            # of one mixer
     mixer: nn.Module,                      # the mixer that shall have them

@@ -87,6 +87,7 @@ def dynamic_cost(m: MixerSizes) -> Cost:
     charged = 0 if m.masked else max(0, m.layernorm - 1)
     return pair + Cost(charged * m.rows * m.heads * n, 2 * n)
 
+# %% ../../nbs/models/12_formulas.ipynb #e85f2bdd
 def position_cost(m: MixerSizes) -> Cost:
     "The position tables of a mixer, and `B V` where it is a product of its own."
     if m.pos != 'rel': return Cost()
@@ -98,6 +99,7 @@ def position_cost(m: MixerSizes) -> Cost:
     channels = m.dim * m.taps if m.merged and m.kernel == 'pair' else m.dim
     return m.windows * covered * channels * Cost(covered, 0, 1) + Cost(params=entries)
 
+# %% ../../nbs/models/12_formulas.ipynb #aefef2e2
 def mixer_cost(grid: tuple[int, int], dim: int, heads: int, **settings) -> dict[str, Cost]:
     "One token mixer with its projections (Eq. 1, 2, 4, 5), part by part; settings as in `MixerSizes`."
     m = MixerSizes(grid, dim, heads, **settings)
@@ -165,6 +167,7 @@ class SwinStage(NamedTuple):
     windows: int   # number of windows
     shifted: list  # of each block: are its windows shifted, and masked?
 
+# %% ../../nbs/models/12_formulas.ipynb #c452271c
 def swin_stages(
     img_size: int = 224, patch_size: int = 4, window_size: int = 7, embed_dim: int = 96, depths=(2, 2, 6, 2),
     num_heads=(3, 6, 12, 24),
@@ -275,6 +278,7 @@ def swin_corrections(sizes: dict, kernel: str, mask_product: bool) -> dict[str, 
     if kernel == 'depthwise': return {'einsum': Cost(depthwise)}
     return {'mask product': product} if mask_product else {}
 
+# %% ../../nbs/models/12_formulas.ipynb #a6aa0691
 def corrections(
     base: str, activation: str, kernel: str, pos: str, # a row of `TABLE3`
 # name -> what to add to ours to have what the paper counted

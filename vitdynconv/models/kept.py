@@ -32,6 +32,7 @@ def noting(
         return weights
     return attention(q, k, v, counted, bias, mask, position)
 
+# %% ../../nbs/models/17_kept.ipynb #356cfbfd
 @contextmanager
 def taking_notes(model: nn.Module) -> dict[str, list]:
     "Within the block every mixer notes its shares: path of the mixer -> notes."
@@ -60,6 +61,7 @@ def kept_by_position(
     model.train(training)
     return {path: torch.cat(noted) for path, noted in notes.items() if noted} # those that ran
 
+# %% ../../nbs/models/17_kept.ipynb #f324f2ef
 def kept_kernels(
     model: nn.Module, # of this library
     images: Tensor,   # (b, c, h, w)

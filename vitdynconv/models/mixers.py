@@ -111,6 +111,7 @@ def from_timm(cls: WideValues,
     copy_weights(ours, attn, ['qk', 'value', 'q_norm', 'k_norm', 'proj'])
     return ours.train(attn.training)
 
+# %% ../../nbs/models/16_mixers.ipynb #79425e8f
 class WideViT(VisionTransformer):
     "timm's ViT with wide values in its mixers."
 

@@ -140,6 +140,7 @@ def check_stages(*lists: tuple) -> None:
     raise ValueError(f'a pyramid has one entry of each setting per stage, not {found}; give four lists of '
                      'the same length')
 
+# %% ../../nbs/models/15_pyramid.ipynb #9dce9fdc
 def make_stage(
     dim: int, out_dim: int, # channels before and in the stage
     depth: int, num_heads: int, stride: int,
@@ -172,6 +173,7 @@ def run_stage(self: PyramidTransformer, i: int, x: Tensor) -> Tensor:
     if self.grad_checkpointing and not torch.jit.is_scripting(): return checkpoint_seq(self.stages[i], x)
     return self.stages[i](x)
 
+# %% ../../nbs/models/15_pyramid.ipynb #1fbc816f
 @patch
 def forward_features(self: PyramidTransformer, x: Tensor) -> Tensor:
     "(b, c, h, w) to the tokens of the last map, (b, n, num_features)."
@@ -235,6 +237,7 @@ def forward_intermediates(self: PyramidTransformer,
     if intermediates_only: return maps
     return (self.norm(x) if i == len(self.stages) - 1 else x), maps
 
+# %% ../../nbs/models/15_pyramid.ipynb #59c8548c
 @patch
 def prune_intermediate_layers(self: PyramidTransformer, indices: int | list[int] = 1,
                               prune_norm: bool = False, prune_head: bool = True) -> list[int]:

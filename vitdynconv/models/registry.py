@@ -206,9 +206,8 @@ for base in [*BASES, *OWN]: register_entry(base)
 for base in SYSTEM_BASES:
     for system in SYSTEMS: register_entry(base, system)
     for preset in PRESETS:
-        known = (preset, base.partition('_')[0])
-        if known not in (('k3', 'convnext'), ('window', 'swin')):
-            register_entry(base, preset=preset)   # a Swin has windows already
+        if preset not in backbone_class(base).no_presets:
+            register_entry(base, preset=preset)
 
 # %% ../../nbs/models/10_registry.ipynb #c62194ba
 def create_model(
@@ -236,6 +235,7 @@ def create_model(
     forget_argument(model, 'checkpoint')
     return model
 
+# %% ../../nbs/models/10_registry.ipynb #fdd38b33
 def register_other(name: str) -> None:
     """Enter another of timm's models, if it can be converted. ValueError if it is unknown, with close names,
     or cannot be."""

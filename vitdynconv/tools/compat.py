@@ -139,6 +139,7 @@ def with_notes(
             if entry is not None: entry[name] = value
     return state
 
+# %% ../../nbs/tools/02_compat.ipynb #d5a74e42
 def notes_in(state, name: str) -> dict:
     "Path of a module -> its note of this name, as `with_notes` wrote it; {} for other dicts."
     metadata = getattr(state, '_metadata', {})

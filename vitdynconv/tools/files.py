@@ -43,7 +43,7 @@ def rows_as_csv(
     writer = csv_format.DictWriter(text, list(columns), restval='', lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors='surrogateescape')   # names of files may be of any bytes
 
 # %% ../../nbs/tools/01_files.ipynb #00fff3f1
 def save_rows(

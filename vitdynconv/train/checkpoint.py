@@ -118,6 +118,7 @@ def link_or_copy(
     except OSError:
         with replacing(target) as file: file.write(source.read_bytes())
 
+# %% ../../nbs/train/04_checkpoint.ipynb #9a29254d
 def keep_best(
     folder,   # of the run, with `last.ckpt` of the newest epoch
     history,  # rows of all epochs

@@ -30,6 +30,9 @@ def read_run_weights(
             raise CheckpointError(f'{path} holds one set of weights: --weights ema is for a .ckpt')
         return read_safetensors(path)
     state = load_checkpoint(path)
+    if not state['epoch']:
+        raise CheckpointError(f'{path} is of a run that has not finished an epoch, so its weights have learned '
+                              'nothing yet: go on with the run first')
     if not state[weights]: raise CheckpointError(f'{path} has no {weights} weights: its recipe averages none')
     return stored_recipe(path, state['recipe']), state[weights], state['run']
 

@@ -97,6 +97,7 @@ def timm_network(run: LoadedRun) -> tuple: # (network, its name in timm, argumen
     settings |= {name: value for name, value in ours.items() if value is not None}
     return run.model, f'vdc_{base}', settings
 
+# %% ../../nbs/train/13_export.ipynb #dc6d0efe
 def same_in_timm(network, name: str, settings: dict) -> tuple:
     "The network as timm's own function makes it. ValueError if timm has no such network."
     import timm

@@ -4,14 +4,19 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'peak_memory_gb', 'Measures', 'StepLog', 'FiniteLoss', 'HeldOut', 'plot_curves', 'history_lines',
-           'plot_history', 'EachEpoch', 'tensorboard_writer', 'wandb_writer', 'check_trackers']
+           'plot_history', 'EachEpoch', 'event_bytes', 'EventFile', 'tensorboard_writer', 'wandb_writer',
+           'open_tracker', 'check_trackers']
 
 # %% ../../nbs/train/05_logbook.ipynb #19292b45
 import dataclasses
 import importlib.util
+import io
 import math
+import os
+import socket
 import sys
 import time
+from contextlib import suppress
 import torch.distributed as dist
 from fastai.basics import *
 from fastai.callback.all import *
@@ -155,24 +160,61 @@ class EachEpoch(Callback):
     order = 80
     def __init__(self, *writers): self.writers = writers
     def after_epoch(self):
-        if rank_distrib() or not self.recorder.train_loss.count or not self.learn.history: return
+        if self.recorder.train_loss.count: self.write()
+    def write(self):
+        "Hand over what there is. `RunStopped` if it cannot be written; a run that goes on does so again."
+        history = self.learn.history
+        if rank_distrib() or not history: return
         try:
-            for write in self.writers: write(self.learn.history)
+            for write in self.writers: write(history)
         except OSError as error:
-            problem = f'cannot write the log of epoch {self.epoch + 1} ({error})'
+            problem = f'cannot write the log of epoch {history[-1]["epoch"]} ({error})'
             raise RunStopped(f'{problem}; its checkpoint is good') from error
+
+# %% ../../nbs/train/05_logbook.ipynb #3005e98b
+def event_bytes(
+    rows,          # of a history
+    begins=False,  # a file, whose rows replace those of an earlier one
+) -> bytes:
+    "Rows in the format of TensorBoard: one event per row, with a scalar for each number."
+    protocol = importlib.import_module('tensorboard.compat.proto.event_pb2')
+    values = importlib.import_module('tensorboard.compat.proto.summary_pb2').Summary
+    records = importlib.import_module('tensorboard.summary.writer.record_writer')
+    file = io.BytesIO()
+    writer = records.RecordWriter(file)
+    if begins:
+        session = protocol.SessionLog(status=protocol.SessionLog.START)
+        for head in dict(file_version='brain.Event:2'), dict(session_log=session, step=1):
+            writer.write(protocol.Event(wall_time=time.time(), **head).SerializeToString())
+    for row in rows:
+        numbers = [values.Value(tag=name, simple_value=value) for name, value in row.items()
+                   if name != 'epoch' and value is not None]
+        event = protocol.Event(wall_time=time.time(), step=row['epoch'], summary=values(value=numbers))
+        writer.write(event.SerializeToString())
+    return file.getvalue()
+
+# %% ../../nbs/train/05_logbook.ipynb #ded9c078
+class EventFile:
+    "A file of TensorBoard's. The first call writes all rows, so that one of a run that goes on is complete."
+    def __init__(self, folder):
+        origin = f'{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}'
+        self.path = Path(folder)/f'events.out.tfevents.{origin}'
+        self.rows = 0   # that are written
+
+    def __call__(self, history):
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            new = event_bytes(history[self.rows:], begins=not self.rows)
+            with open(self.path, 'ab') as file: file.write(new)
+        except OSError:
+            with suppress(OSError): os.truncate(self.path, size)
+            raise
+        self.rows = len(history)
 
 # %% ../../nbs/train/05_logbook.ipynb #aef1dfee
 def tensorboard_writer(folder, recipe):
-    "Rows to TensorBoard event files in `folder`."
-    writer = importlib.import_module('torch.utils.tensorboard').SummaryWriter(str(folder))
-    def write(history):
-        row = dict(history[-1])
-        epoch = row.pop('epoch')
-        for name, value in row.items():
-            if value is not None: writer.add_scalar(name, value, epoch)
-        writer.flush()
-    return write
+    "Rows to TensorBoard, in `folder`."
+    return EventFile(folder)
 
 def wandb_writer(folder, recipe):
     "Rows to Weights & Biases; the run's name is the folder's, and a resumed run continues its page."
@@ -185,13 +227,21 @@ def wandb_writer(folder, recipe):
 # %% ../../nbs/train/05_logbook.ipynb #8b2044a0
 TRACKERS = dict(tensorboard=tensorboard_writer, wandb=wandb_writer)
 
+def open_tracker(name: str, folder, recipe):
+    "One of `TRACKERS`. ValueError, one line, for what its library raises: without an account, for one."
+    try: return TRACKERS[name](folder, recipe)
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f'--log {name} cannot begin: {reason}') from error
+
 def check_trackers(
     text,   # names with commas between
 ) -> list:  # the names
     "Names of `TRACKERS`. ValueError for one that is unknown or not installed."
     names = text.split(',') if text else []
     for name in names:
-        if name not in TRACKERS: raise ValueError(f'log={name!r}: choose from {", ".join(TRACKERS)}')
+        if name not in TRACKERS: raise ValueError(f'--log {name!r}: choose from {", ".join(TRACKERS)}')
+        if names.count(name) > 1: raise ValueError(f'--log {text} names {name} twice; leave one')
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f'log={name!r}: the package is not installed; pip install {name}')
+            raise ValueError(f'--log {name}: the package is not installed; pip install {name}')
     return names

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AMP_BACKWARD', 'RESERVED', 'IMAGENET_IMAGES', 'DECODED', 'SHORTEST', 'LivingMemory', 'AttentionMemory',
            'FusedAttention', 'step_bytes', 'bytes_of', 'moment_bytes', 'StepMemory', 'step_memory', 'PlannedImages',
-           'decoding_speed', 'planned_images', 'Gpus', 'RunCost', 'run_cost', 'memory_rows', 'share_of', 'batch_words',
-           'plan_of', 'with_letter', 'size_words', 'decoding_words', 'time_words']
+           'decoding_speed', 'planned_images', 'Gpus', 'RunCost', 'run_cost', 'memory_rows', 'share_of',
+           'no_room_words', 'batch_words', 'plan_of', 'with_letter', 'size_words', 'decoding_words', 'time_words']
 
 # %% ../../nbs/train/17_plan.ipynb #plan0004
 import math
@@ -36,7 +36,7 @@ class LivingMemory:
         self.held = [tensor.untyped_storage() for tensor in known]
         self.sizes = {id(storage): 0 for storage in self.held}
 
-    def see(self, tensor):
+    def add(self, tensor):
         "A tensor was made."
         storage = tensor.untyped_storage()
         place = id(storage)
@@ -92,8 +92,8 @@ def step_bytes(
     for parameter in parameters: parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
     living = LivingMemory([*parameters, *model.buffers(), *gradients])
-    living.see(images)
-    with watched_results(living.see), FusedAttention(device): model(images).sum().backward()
+    living.add(images)
+    with watched_results(living.add), FusedAttention(device): model(images).sum().backward()
     model.zero_grad()
     return living.peak
 
@@ -249,6 +249,13 @@ def share_of(recipe, gpus: Gpus) -> int:
     raise ValueError(f'batch_size={recipe.batch_size} does not split over {gpus.count} GPUs '
                      f'x grad_accum={recipe.grad_accum}; take a multiple of {parts}')
 
+def no_room_words(recipe, memory: StepMemory, gpus: Gpus) -> str:
+    "What to do where not even two images fit."
+    if memory.fixed + memory.once <= gpus.memory * 1e9 * (1 - RESERVED):
+        return 'the network fits, but not with two images; take a smaller --img_size, or --amp bf16'
+    if recipe.shard: return 'the network itself does not fit; take more GPUs, or a smaller network'
+    return 'the network itself does not fit; add --shard and take more GPUs, or a smaller network'
+
 def batch_words(
     recipe,
     memory: StepMemory,
@@ -260,7 +267,7 @@ def batch_words(
     largest = memory.largest_batch(gpus.memory * 1e9)
     room = f'all {most:,} at once' if largest >= most else f'{largest:,} images'
     said = f'largest batch on a GPU of {gpus.memory:g} GB: {room}'
-    if not largest: return f'{said}: the network itself does not fit; add --shard, or take more GPUs'
+    if not largest: return f'{said}: {no_room_words(recipe, memory, gpus)}'
     said += f'; its share of the batch of {recipe.batch_size} is {share}'
     if largest >= share: return f'{said}: it fits'
     return f'{said}: add --grad_accum {math.ceil(share / largest) * recipe.grad_accum}, or more'

@@ -70,6 +70,7 @@ def transform_of(recipe, record: dict) -> PictureTransform:
         for name in 'mean', 'std': settings[name] = [sum(settings[name]) / 3]
     return PictureTransform(settings)
 
+# %% ../../nbs/train/12_prediction.ipynb #fffb4bd7
 def load_run(
     path,            # folder of a run, or one of its files: .safetensors or .ckpt
     weights='model', # or 'ema', for the averaged weights of a .ckpt
@@ -111,6 +112,7 @@ def paths_in(
     if not names: raise ValueError(f'there is no picture in {place}')
     return [place/name for name in names]
 
+# %% ../../nbs/train/12_prediction.ipynb #40b52ce6
 def pictures_of(
     images,   # path, folder, PIL image, or a list of them
 ) -> list:    # (path or '', path or PIL image)

@@ -146,6 +146,7 @@ def wanted_recipe(fields: dict, options: dict) -> Recipe:
 def planned_recipe(fields: dict, options: dict) -> Recipe:
     "The recipe that a command line asks for; the data may be missing."
     data, reader = options['data'], options['reader']
+    absolute_data(data, reader)  # ValueError for a name of two meanings
     recipe = choose_recipe(options['recipe'] or usual_recipe(data), fields, options['set'])
     given = {name for name, value in fields.items() if value is not None}
     given |= {word.partition('=')[0] for word in options['set'].split()}
@@ -268,7 +269,7 @@ def train_run(
             learn.fit(start_epoch=start)
             finish(learn, plan[1])
     finally:
-        if learn.lock: learn.lock.release()
+        if learn.run_lock: learn.run_lock.release()
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/train/10_run.ipynb #runnumb1
@@ -296,9 +297,11 @@ def print_plan(fields: dict, options: dict, assumed: dict):
 # %% ../../nbs/train/10_run.ipynb #6a963b60
 @command(more_options=recipe_options())
 def vdc_train(
-    # a folder, an archive, or what `--reader` reads; 'fashion'; left out: the bundled digits
+    # a folder with one folder of pictures per class, or with train and validation, each of such folders or a
+    # .tar; what --reader reads; fashion: Fashion-MNIST; left out: the bundled digits
     data: str = '',
-    # deit_s, deit_b, swin_t, swin_b, digits, fashion, pictures, finetune, or a recipe.json
+    # deit_s, deit_b, swin_t, swin_b, digits, fashion, pictures, finetune, or a recipe.json; left out: digits,
+    # fashion or pictures, as --data says
     recipe: str = '',
     out: str = '',        # new folder for the run
     # a run to go on with; auto: the one in --out, new or not; a .ckpt: begin from it in --out

@@ -112,6 +112,7 @@ class Steps(NamedTuple):
     y: Tensor       # (heads, n, d) after the second
     out: Tensor     # (D, h, w) after the last static convolution
 
+# %% ../../nbs/viz/02_photo.ipynb #d39cf46d
 def activation_weights(
     activation: str | Callable, # a name in ACTIVATIONS, or what a block holds
     logits: Tensor,             # (..., n) answers of n kernels
@@ -122,6 +123,7 @@ def activation_weights(
         activation = create_activation(activation, num_kernels=logits.shape[-1], head_dim=head_dim).to(logits)
     return activation(logits)
 
+# %% ../../nbs/viz/02_photo.ipynb #2ef54bb0
 def steps(
     block: DynamicConvBlock, # static, dynamic, activation, dynamic, static
     x: Tensor,               # (1, D, h, w)

@@ -31,6 +31,7 @@ def to_windows(
     x = x.reshape(b, height // h, h, width // w, w, c).permute(0, 1, 3, 2, 4, 5)
     return x.flatten(3, 4).flatten(0, 2)
 
+# %% ../../../nbs/models/adapters/01_swin.ipynb #4ea30952
 def from_windows(
     windows: Tensor,        # (b * windows, h * w, c)
     size: tuple[int, int],  # (h, w) of a window
@@ -133,6 +134,7 @@ class SwinBackbone(Backbone):
     positions = (None, 'abs', 'rel', 'none')
     class_tokens = (None, False)
     keeps_tables = True
+    no_presets = ('window',)   # it has windows already
 
     @classmethod
     def feature_settings(cls, kwargs):
