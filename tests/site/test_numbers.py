@@ -9,7 +9,6 @@ from vitdynconv.models.paper import TABLE2, TABLE3
 
 ROOT = Path(__file__).resolve().parents[2]
 NBS = ROOT/"nbs"
-ViT, SWIN = "vit", "swin"
 
 
 def prose(page):
@@ -30,20 +29,6 @@ def accuracies():
     found = defaultdict(list)
     for (network, _), accuracy in last.items(): found[network].append(accuracy)
     return found
-
-
-def test_convergence_in_plain_words():
-    text, found = prose("results/convergence.ipynb"), accuracies()
-    ends = {network: mean(values) for network, values in found.items()}
-    changes = [((SWIN, "none", "pair", "rel", False), (SWIN, "scaling", "pair", "rel", False)),
-               ((ViT, "scaling", "depthwise", "abs", True), (ViT, "scaling", "depthwise", "rel", True)),
-               ((ViT, "ln", "pair", "rel", True), (ViT, "ln", "pair", "rel", False))]
-    for before, after in changes: assert f"({ends[before]:.0f} to {ends[after]:.0f}%)" in text
-    assert f"our softmax Swin reached {ends[SWIN, 'softmax', 'pair', 'rel', False]:.0f}%" in text
-    assert f"the dense one reached {ends[ViT, 'scaling', 'pair', 'rel', True]:.0f}%" in text
-    widest = max((values for network, values in found.items() if network[0] == ViT), key=lambda v: max(v) - min(v))
-    assert widest == found[ViT, "softmax", "pair", "abs", True] and f"up to {max(widest) - min(widest):.0f} points apart" in text
-    assert f"from {min(widest):.0f} to {max(widest):.0f}%" in text
 
 
 def test_where_the_networks_of_the_study_end():
