@@ -68,11 +68,11 @@ def draw_curves(
     panels: dict,    # title -> {label: values, one per epoch, None where there is none; or a Band}
     note: str = '',  # below the panels: whose runs these are
     start: int = 1,  # the epoch of the first value
-) -> Figure:         # one axes per panel, three in a row at most, and a legend below
+) -> Figure:         # one axes per panel, at most three in a row, four as two and two; a legend below
     "Curves against the epoch; a label looks the same in every panel."
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     styles = dict(zip(labels, line_styles(len(labels))))
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     legend_columns = 3 if max(map(len, labels), default=0) < 22 else 2
     legend_height = .24 * -(-len(labels) // legend_columns)
