@@ -93,11 +93,11 @@ def cores():
 
 def try_one(path):
     "Run a notebook; its path, the seconds that it took, and the error's text or None."
-    from nbclient.exceptions import CellExecutionError
-    began = time.time()
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    began, words = time.time(), None
     try: run_one(path)
-    except CellExecutionError as error: return path, time.time() - began, re.sub(r"\x1b\[[\d;]*m", "", str(error))  # without colours
-    return path, time.time() - began, None
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error: words = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # without colours
+    return path, time.time() - began, words
 
 
 def run(names, workers):

@@ -168,12 +168,13 @@ def test_run_stores_outputs_and_leaves_flagged_cells_alone(project):
     assert caretaker("check", "clean", root=project).returncode == 0
 
 
-def test_run_stops_at_an_error_and_keeps_the_notebook(project):
+@pytest.mark.parametrize("cell, words", [("1/0", "ZeroDivisionError"), ("import os; os._exit(3)", "Kernel died")])
+def test_run_stops_at_an_error_and_keeps_the_notebook(project, cell, words):
     path = project/"nbs/00_one.ipynb"
-    write_notebook(path, ["print(1)", "1/0"])
+    write_notebook(path, ["print(1)", cell])
     before = path.read_bytes()
     done = caretaker("run", str(path), root=project)
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    assert done.returncode == 1 and words in done.stderr and "00_one.ipynb failed" in done.stderr and "Traceback (most recent call last):\n  File" not in done.stderr
     assert path.read_bytes() == before and not list(project.rglob("*.tmp"))
 
 
