@@ -78,21 +78,11 @@ class WideValues(DynamicConvAttention):
 
     def extra_repr(self): return f'head_dim={self.head_dim}, value_dim={self.value_dim}'
 
-    def forward(self,
-        x: Tensor,                       # (b, n, dim) tokens
-        mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
-        attn_mask: Tensor | None = None, # timm's other name for it
-        is_causal: bool = False,         # a token sees itself and those before it
-    ) -> Tensor:                         # (b, n, dim)
-        "Static conv, dynamic conv, activation, dynamic conv, static conv."
-        q, k = split_heads(self.qk(x), 2, self.head_dim)              # (b, h, n, d) each
-        v, = split_heads(self.value(x), 1, self.value_dim)            # (b, h, n, e)
-        q, k = self.q_norm(q), self.k_norm(k)
-        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
-                                        self.takes_additive_masks())
-        k, v, mask = self.select(q, k, v, mask)
-        y = self.backend(q, k, v, self.current_activation(), bias=bias, mask=mask, position=self.position())
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Tokens (b, n, dim) to queries and keys (b, h, n, d) and values (b, h, n, e)."
+        q, k = split_heads(self.qk(x), 2, self.head_dim)
+        v, = split_heads(self.value(x), 1, self.value_dim)
+        return self.q_norm(q), self.k_norm(k), v
 
 # %% ../../nbs/models/16_mixers.ipynb #0a6af584
 @patch(cls_method=True)
