@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
-from .loader import stratified_split
+from .loader import SPLIT_SEED, stratified_split, VALID_PCT
 from .tensors import LightAugment, TensorSet, enlarge, tensor_dls
 
 # %% ../../nbs/data/02_digits.ipynb #dg0split
 def digits_split(
-    valid_pct=0.2,  # share of the images held out
-    split_seed=42,  # decides which
-) -> tuple:         # images (1797, 1, 8, 8) in [0, 1], labels (1797,), training and held-out numbers
+    valid_pct=VALID_PCT,   # share of the images held out
+    split_seed=SPLIT_SEED, # decides which
+) -> tuple:                # images (1797, 1, 8, 8) in [0, 1], labels (1797,), training and held-out numbers
     "scikit-learn's digits and a split with equal shares of each class."
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
@@ -45,17 +45,17 @@ def digit_loaders(
 
 # %% ../../nbs/data/02_digits.ipynb #dg1dls
 def digits_dls(
-    batch_size=32,  # images per step, over all processes
-    seed=0,         # decides the order of the images and their shifts, epoch by epoch
-    valid_pct=0.2,  # share of the images held out
-    size=16,        # pixels a side; the digits themselves have 8
-    channels=1,     # 1, or 3 equal ones for a model that wants RGB
-    shift=1,        # every other training draw moves its digit by up to this many pixels each way
-    split_seed=42,  # decides which images are held out, whatever `seed` is
-    rank=None,      # this process, and
-    world=None,     # how many share an epoch; torchrun's by default
-    device=None,    # where batches are put; the CPU by default
-) -> DataLoaders:   # train, valid; vocab '0' to '9'
+    batch_size=32,         # images per step, over all processes
+    seed=0,                # decides the order of the images and their shifts, epoch by epoch
+    valid_pct=VALID_PCT,   # share of the images held out
+    size=16,               # pixels a side; the digits themselves have 8
+    channels=1,            # 1, or 3 equal ones for a model that wants RGB
+    shift=1,               # every other training draw moves its digit by up to this many pixels each way
+    split_seed=SPLIT_SEED, # decides which images are held out, whatever `seed` is
+    rank=None,             # this process, and
+    world=None,            # how many share an epoch; torchrun's by default
+    device=None,           # where batches are put; the CPU by default
+) -> DataLoaders:          # train, valid; vocab '0' to '9'
     "Loaders of scikit-learn's 1,797 handwritten digits, normalized."
     x, y, train, valid = digits_split(valid_pct, split_seed)
     x = enlarge(x, size).repeat(1, channels, 1, 1)
@@ -138,15 +138,15 @@ def near(
 @dataclass(frozen=True)
 class ClutterSettings:
     "How cluttered digits are made and split. ValueError for a setting that is not valid."
-    size: int = 32                 # pixels a side, 32 to 64
-    copies: int = 4                # pictures made of each digit, each with a place and clutter of its own
-    valid_pct: float = 0.2         # share of the digits held out
-    channels: int = 3              # 3, or 1 for grey
-    scale: tuple = (0.75, 0.95)    # (from, to) share of the picture's side that a digit's own square takes
-    light: float = 0.3             # brightness of the photographs: 0 for black, 1 as they are
-    shift: int = 2                 # every other training draw moves its picture by up to this many pixels
-    data_seed: int = 42            # decides the pictures and which digits are held out
-    held_out: str = 'test'         # what is judged: 'test', or 'tune' for a part of the training digits
+    size: int = 32               # pixels a side, 32 to 64
+    copies: int = 4              # pictures made of each digit, each with a place and clutter of its own
+    valid_pct: float = VALID_PCT # share of the digits held out
+    channels: int = 3            # 3, or 1 for grey
+    scale: tuple = (0.75, 0.95)  # (from, to) share of the picture's side that a digit's own square takes
+    light: float = 0.3           # brightness of the photographs: 0 for black, 1 as they are
+    shift: int = 2               # every other training draw moves its picture by up to this many pixels
+    data_seed: int = SPLIT_SEED  # decides the pictures and which digits are held out
+    held_out: str = 'test'       # what is judged: 'test', or 'tune' for a part of the training digits
 
     def __post_init__(self):
         valid = dict(

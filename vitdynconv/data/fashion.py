@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from torch import Tensor
-from .loader import stratified_split
+from .loader import SPLIT_SEED, stratified_split
 from .tensors import LightAugment, TensorSet, tensor_dls
 
 # %% ../../nbs/data/03_fashion.ipynb #fa7names
@@ -136,15 +136,15 @@ def first_of_each(pixels: Tensor, labels: Tensor, per_class: int) -> tuple:
 @dataclass(frozen=True)
 class FashionSettings:
     "How Fashion-MNIST is split and prepared. ValueError for a setting that is not valid."
-    size: int = 28                # pixels a side: the border is cut off, or filled with black
-    resize: bool = False          # scale the photographs to `size` instead
-    channels: int = 1             # 1, or 3 equal ones for a model that wants RGB
-    shift: int = 2                # every other training draw is moved by up to this many pixels each way
-    flip: float = 0.5             # share of the training draws that are mirrored
-    held_out: str = 'test'        # what is judged: 'test', or 'tune' for a part of the training images
-    valid_pct: float = 1 / 6      # that part
-    split_seed: int = 42          # decides that part, whatever the loaders' `seed` is
-    per_class: int | None = None  # at most this many training images of each class; None: all
+    size: int = 28               # pixels a side: the border is cut off, or filled with black
+    resize: bool = False         # scale the photographs to `size` instead
+    channels: int = 1            # 1, or 3 equal ones for a model that wants RGB
+    shift: int = 2               # every other training draw is moved by up to this many pixels each way
+    flip: float = 0.5            # share of the training draws that are mirrored
+    held_out: str = 'test'       # what is judged: 'test', or 'tune' for a part of the training images
+    valid_pct: float = 1 / 6     # that part
+    split_seed: int = SPLIT_SEED # decides that part, whatever the loaders' `seed` is
+    per_class: int | None = None # at most this many training images of each class; None: all
 
     def __post_init__(self):
         if not 8 <= self.size <= 224:
@@ -207,7 +207,7 @@ SAMPLES = 'fashion_200.npz'  # in the package, in the folder `bundled`
 
 
 def sample_images(
-    size=28,  # pixels a side of what is handed out: the border is cut off, or filled with black
+    size=FashionSettings.size,  # pixels a side of what is handed out: the border is cut off, or filled with black
 ) -> TensorSet:  # `pixels` (200, 1, 28, 28) uint8, `labels` (200,), `images` (200, 1, size, size) normalized
     """200 test images of Fashion-MNIST, 20 of each class, that come with the library. ValueError for a size
     out of range."""

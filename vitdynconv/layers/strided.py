@@ -46,7 +46,7 @@ class Strided:
     "A stride for a mixer: a class that comes before the mixer's among the bases."
     def __init__(self,
         dim: int,                   # channels of a token, D
-        num_heads: int = 8,         # heads h
+        num_heads: int,             # heads h
         stride: int = 2,            # step of the first dynamic convolution
         out_dim: int | None = None, # channels of the result; `dim` if None
         grid_size=None,             # (H, W) of the map that comes in
