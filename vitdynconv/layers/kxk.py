@@ -120,7 +120,7 @@ def select(self: KernelAttention2d,
     rule = self.selection
     if rule is None: return k, v, None
     if rule.hard and rule.needs_grid:
-        if not rule.tiles(*grid):
+        if not rule.fit(*grid).tiles(*grid):
             raise ValueError(f'windows {rule} do not tile a map of {grid[0]} x {grid[1]}; choose a size '
                              'that they divide')
         rule.live_grid = None if rule.grid_size == grid else grid
