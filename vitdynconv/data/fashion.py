@@ -207,7 +207,7 @@ SAMPLES = 'fashion_200.npz'  # in the package, in the folder `bundled`
 
 
 def sample_images(
-    size=FashionSettings.size,  # pixels a side of what is handed out: the border is cut off, or filled with black
+    size=FashionSettings.size, # pixels a side of `images`: the border is cut off, or filled with black
 ) -> TensorSet:  # `pixels` (200, 1, 28, 28) uint8, `labels` (200,), `images` (200, 1, size, size) normalized
     """200 test images of Fashion-MNIST, 20 of each class, that come with the library. ValueError for a size
     out of range."""

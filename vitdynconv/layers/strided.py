@@ -98,7 +98,7 @@ def with_table(self: Strided,
 @one_operation
 class StridedAttention(Strided, DynamicConvAttention):
     """Self-attention as dynamic convolutions with a stride (section 5, future work): queries on a coarse map,
-    kernels from every position of the fine one, (b, n, dim) to (b, n', out_dim). Masks are those of the fine map."""
+    kernels from every position of the fine one; (b, n, dim) to (b, n', out_dim), masks as for the fine map."""
     def mix(self, q, k, v, bias, mask, near):
         "Strided dynamic conv, activation, dynamic conv: (b, h, n', d)."
         q, bias, mask = self.strided(q), self.strided(bias), self.strided(mask)

@@ -37,7 +37,7 @@ LAYERNORM_MACS = 5  # multiply-adds that fvcore, and so the paper, charges Layer
 CONVENTIONS = {  # name -> options of `count`
     'paper':    dict(head=False, layernorm=LAYERNORM_MACS), # Table 3
     'fvcore':   dict(head=True, layernorm=LAYERNORM_MACS),  # fvcore's defaults on the whole model
-    'products': dict(head=True, layernorm=0)}                # convolutions, linear layers and matrix products alone
+    'products': dict(head=True, layernorm=0)} # convolutions, linear layers and matrix products alone
 
 # %% ../../nbs/models/11_cost.ipynb #8414d037
 class Cost(NamedTuple):
@@ -245,12 +245,10 @@ def quiet(analysis: JitModelAnalysis) -> JitModelAnalysis:
     analysis = analysis.unsupported_ops_warnings(False)
     return analysis.uncalled_modules_warnings(False).tracer_warnings('none')
 
-# %% ../../nbs/models/11_cost.ipynb #0abb1d57
 def scored(inputs, outputs, kind: str, rules: dict) -> Counter:
     "`score` with the arguments in the order in which fvcore gives them."
     return operator_score(kind, inputs, outputs, rules)
 
-# %% ../../nbs/models/11_cost.ipynb #114fbb26
 def scored_inside(inputs, outputs, rules: dict) -> Counter:
     "`score_inside` for fvcore, which also gives the inputs."
     return score_inside(outputs, rules)
@@ -412,7 +410,6 @@ def leave_out(scores: dict[str, Counter], name: str) -> None:
     parts = name.split('.')
     for i in range(len(parts) + 1): scores['.'.join(parts[:i])].subtract(found)
 
-# %% ../../nbs/models/11_cost.ipynb #255f0650
 def total_of(quantity: str, found: Counter) -> int:
     "The sum of one quantity, 'macs' or 'acts', over all operators."
     return sum(n for (what, _), n in found.items() if what == quantity)

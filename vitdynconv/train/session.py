@@ -16,7 +16,8 @@ from ..data import preflight
 from .build import dry_step, recipe_dls, recipe_model, run_images
 from .checkpoint import Checkpoints, RunStopped, best_epochs, restore, save_weights, score
 from .learner import TIMEOUT, create_learner, start_processes
-from .logbook import LOG_EVERY, EachEpoch, FiniteLoss, HeldOut, StepLog, open_tracker, plot_history
+from .logbook import (
+    LOG_EVERY, EachEpoch, FiniteLoss, HeldOut, StepLog, open_tracker, plot_history)
 from .record import RunLock, check_classes, data_changes, record_of
 from .folder import open_run, remove_start
 from .mistakes import Mistakes, better_network, newest_is_best
