@@ -1,4 +1,4 @@
-"A default stands once: where a function hands a setting on, only one of the two says what it is unless given."
+"A default stands once, of two functions of which one hands a setting to the other; and long signatures have a reason."
 import ast
 from pathlib import Path
 from typing import NamedTuple
@@ -109,3 +109,20 @@ def test_bench_has_the_defaults_of_its_setting():
 
     asked = inspect.signature(vdc_bench).parameters
     assert all(asked[name].default == getattr(Setting, name) for name in ("device", "batch", "workers", "amp"))
+
+
+OTHERS = {  # classes whose arguments are timm's or torch's, because they stand where those stand
+    "DynamicConvAttention", "DepthwiseSelfAttention", "PyramidTransformer"}
+
+
+def test_long_signatures_have_a_reason():
+    "More than twelve arguments: the options of a command, timm's in its own place, or pointers and sizes of a Triton kernel."
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in [tree, *(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name not in OTHERS)]:
+            for function in node.body:
+                if not isinstance(function, ast.FunctionDef) or len(parameters(function)) <= 12: continue
+                marks = [ast.unparse(mark) for mark in function.decorator_list]
+                if not any(mark.startswith(("command", "triton.")) for mark in marks): found.append(f"{path.stem}.{function.name}")
+    assert not found, found
