@@ -1,5 +1,6 @@
 "vdc_train and vdc_eval as a user has them: runs, resume after every kind of death, refusals, and Table 4 in effect on a tree of JPEG files."
 import csv
+import importlib.machinery
 import json
 import math
 import os
@@ -29,8 +30,9 @@ from vitdynconv.train.recipes import RECIPES, Recipe
 from vitdynconv.train.ending import Terminated, earlier_checkpoint, last_line, lower_rate_command
 from vitdynconv.train.build import recipe_dls, recipe_model, weights_images
 from vitdynconv.train.folder import check_out, open_run
+from vitdynconv.train.record import LOCK, check_free
 from vitdynconv.train.run import choose_recipe, vdc_train
-from vitdynconv.train.session import run_learner
+from vitdynconv.train.session import given_back, run_learner
 
 HARD = ['--epochs', '5', '--batch_size', '128', '--lr', '8e-3',   # all that makes exactness hard, on a few steps
         '--set', 'lr_batch_size=128 warmup_epochs=0.5 drop_path=0.1 ema=yes ema_decay=0.9 mixup=0.8 cutmix=1.0 grad_accum=2']
@@ -97,6 +99,37 @@ def test_weights_and_biases_gets_the_same_rows(tmp_path, monkeypatch):
     for epoch in (1, 2): write([dict(epoch=1, valid_loss=2.), dict(epoch=2, valid_loss=1.)][:epoch])
     assert calls[0]['name'] == 'RUN' and calls[0]['config']['lr'] == TINY.lr and calls[0]['resume'] == 'allow'
     assert calls[1:] == [(1, 2.), (2, 1.)]
+
+
+def test_a_tracker_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def refuse(**options): raise RuntimeError('no account:\n  wandb login')
+    wandb = types.ModuleType('wandb')
+    wandb.__spec__, wandb.init = importlib.machinery.ModuleSpec('wandb', None), refuse
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    assert '--log wandb cannot begin: no account: wandb login' in said(capsys, 2, vdc_train, out=str(tmp_path/'RUN'), log='wandb', epochs='1', depth='1')
+    assert not list(tmp_path.iterdir())
+
+
+class Handed:
+    "A lock; as soon as it is released, another run begins in the folder."
+    def __init__(self, folder): self.folder, self.lock = folder, open_run(folder, RECIPES['digits'], dict(data='', reader=''))
+    def release(self):
+        self.lock.release()
+        self.next = open_run(self.folder, RECIPES['digits'], dict(data='', reader=''))
+
+
+def test_a_start_that_fails_takes_no_file_of_the_next_one(tmp_path):
+    lock = Handed(tmp_path/'RUN')
+    with pytest.raises(RuntimeError, match='out of memory'), given_back(lock, tmp_path/'RUN'): raise RuntimeError('out of memory')
+    assert {path.name for path in (tmp_path/'RUN').iterdir()} == {'recipe.json', 'run.json', LOCK}
+    lock.next.release()
+
+
+def test_a_run_that_goes_on_and_fails_keeps_its_folder(tmp_path):
+    lock = open_run(tmp_path/'RUN', RECIPES['digits'], dict(data='', reader=''))
+    with pytest.raises(KeyboardInterrupt), given_back(lock, None): raise KeyboardInterrupt
+    assert {path.name for path in (tmp_path/'RUN').iterdir()} == {'recipe.json', 'run.json'}
+    check_free(tmp_path/'RUN')
 
 
 def test_a_finished_run_resumed_stays_as_it_is(digits_run, capsys):
