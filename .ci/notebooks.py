@@ -93,10 +93,11 @@ def cores():
 
 def try_one(path):
     "Run a notebook; its path, the seconds that it took, and the error's text or None."
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
     began = time.time()
     try: run_one(path)
-    except CellExecutionError as error: return path, time.time() - began, re.sub(r"\x1b\[[\d;]*m", "", str(error))  # without colours
+    except (CellExecutionError, DeadKernelError) as error:
+        return path, time.time() - began, re.sub(r"\x1b\[[\d;]*m", "", str(error))  # without colours
     return path, time.time() - began, None
 
 
