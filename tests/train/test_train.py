@@ -25,7 +25,7 @@ from vitdynconv.train.checkpoint import FORMAT, CheckpointError, Checkpoints, Ru
 from vitdynconv.data import imagenet_dls
 from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_run_weights, vdc_eval
-from vitdynconv.train.logbook import wandb_writer
+from vitdynconv.train.logbook import EventFile, wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
 from vitdynconv.train.ending import Terminated, earlier_checkpoint, last_line, lower_rate_command
 from vitdynconv.train.build import recipe_dls, recipe_model, weights_images
@@ -88,6 +88,31 @@ def test_tensorboard_gets_the_same_rows(digits_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(digits_run[0])).Reload()
     assert [e.value for e in events.Scalars('valid_loss')] == pytest.approx([float(row['valid_loss']) for row in rows_of(digits_run[0])], rel=1e-6)
+
+
+def test_an_event_that_was_half_written_is_taken_back(tmp_path):
+    "The disk takes ten bytes of the second row and no more; when there is room, the file goes on where it was whole."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    write, rows, before = EventFile(tmp_path), [dict(epoch=1, valid_loss=2.), dict(epoch=2, valid_loss=1.)], resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(rows[:1])
+    whole = write.path.read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))
+        with pytest.raises(OSError): write(rows)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert write.path.read_bytes() == whole
+    write(rows)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars('valid_loss')] == [1, 2]
+
+
+def test_event_files_of_a_run_that_goes_on_replace_the_earlier_ones(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    rows = [dict(epoch=1, valid_loss=2.), dict(epoch=2, valid_loss=1.)]
+    for number, known in enumerate((rows, rows[:1], rows)):
+        write = EventFile(tmp_path)
+        write.path = write.path.with_name(f'{write.path.name}.{number}')   # as of a later second
+        write(known)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars('valid_loss')] == [1, 2]
 
 
 def test_weights_and_biases_gets_the_same_rows(tmp_path, monkeypatch):
