@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIT', 'SWIN', 'SMALL_CONVNEXT', 'PYRAMID', 'MIXERS', 'POSITIONS', 'PYRAMIDS', 'ALONE', 'CONVNEXTS',
-           'SELECTION_NETWORKS', 'OPEN_QUESTIONS', 'NETWORKS', 'Network', 'vit', 'Question', 'file_of', 'train_network',
-           'train_networks', 'read_networks', 'answer']
+           'SELECTION_NETWORKS', 'OPEN_QUESTIONS', 'NETWORKS', 'Network', 'vit', 'convnext', 'Question', 'file_of',
+           'train_network', 'train_networks', 'read_networks', 'answer']
 
 # %% ../../nbs/study/06_beyond.ipynb #39bc49b5
 from dataclasses import dataclass, field
@@ -35,12 +35,12 @@ class Network:
         return create_model(self.name, num_classes=10, **self.settings)
 
 VIT, SWIN = dict(DIGITS_BODIES['vit'][1]), dict(DIGITS_BODIES['swin'][1])
-SMALL_CONVNEXT = dict(dims=(16, 32, 48, 64), depths=(1, 1, 2, 1), patch_size=2, img_size=32)
+SWIN |= dict(patch_size=2, drop_path_rate=0.)  # the patches of the pyramids, and their multiply-adds
+# maps of 16 x 16, 8 x 8 and 4 x 4, so that 7 x 7 kernels are a neighborhood; no layer scale in short runs
+SMALL_CONVNEXT = dict(dims=(16, 32, 48, 64), depths=(0, 2, 1, 1), patch_size=1, img_size=32, ls_init_value=1.)
 PYRAMID = dict(embed_dims=(32, 48, 64), depths=(1, 1, 2), num_heads=(2, 3, 4), strides=(1, 2, 2),
                patch_size=2, img_size=32, mlp_ratio=2.)
-MIXERS = {name: VIT[name]
-          for name in ('img_size', 'patch_size', 'embed_dim', 'num_heads', 'depth', 'mlp_ratio')}
-MIXERS['match_size'] = MIXERS['img_size']
+MIXERS = VIT | dict(match_size=VIT['img_size'])
 
 def vit(title: str, **settings) -> Network:
     "The small ViT with these settings."
@@ -60,14 +60,19 @@ for variant in 'deep', 'wide':
         ALONE.append(Network(f'mixers-{variant}-{act}', f'vit_tiny_mixers_{variant}',
                              MIXERS | dict(activation=act)))
     ALONE.append(Network(f'mixers-{variant}-depthwise', f'vit_tiny_depthwise_mixers_{variant}', MIXERS))
+# the same with FFN; softmax is vit-abs-k1
+ALONE += [vit(f'vit-{act}', activation=act) for act in ('scaling_relu', 'ln_relu')]
+ALONE += [vit('vit-depthwise', kernel='depthwise')]
 
-CONVNEXTS = [Network('convnext-static', 'dconv_convnext_tiny', SMALL_CONVNEXT | dict(num_kernels=1))]
-for title, prefix in dict(bank='dconv_', dynamic='ddwconv_', neighborhood='neighborhood_', window='window_',
-                          all='').items():
-    CONVNEXTS.append(Network(f'convnext-{title}', f'{prefix}convnext_tiny', SMALL_CONVNEXT))
+def convnext(title: str, prefix: str, **settings) -> Network:
+    "The small ConvNeXt with another layer in place of its static kernel."
+    return Network(f'convnext-{title}', f'{prefix}convnext_tiny', SMALL_CONVNEXT | settings)
 
-SELECTION_NETWORKS = [vit(f'vit-{rule}', selection=rule) for rule in ('all', 'neighborhood', 'topk')]
-SELECTION_NETWORKS += [vit('vit-scaling_relu', activation='scaling_relu')]
+CONVNEXTS = [convnext('static', 'dconv_', num_kernels=1), convnext('bank', 'dconv_'),
+             convnext('dynamic', 'ddwconv_'), convnext('neighborhood', 'neighborhood_'),
+             convnext('window', 'window_', selection_options=dict(window_size=8)), convnext('all', '')]
+
+SELECTION_NETWORKS = [vit(f'vit-{rule}', selection=rule) for rule in ('neighborhood', 'topk')]
 
 # %% ../../nbs/study/06_beyond.ipynb #1ace5f5a
 @dataclass(frozen=True)
@@ -87,16 +92,24 @@ OPEN_QUESTIONS = [
              'nine taps say what is near, not where'),
     Question('"strides to form a hierarchy"', 'vdc_pyramid', 'pyramid-softmax', 'swin-softmax',
              'each coarse position sees the whole map, not its four neighbors'),
-    Question('without the heavy FFN', 'mixers alone, deep', 'mixers-deep-softmax', 'mixers-deep-depthwise',
+    Question('without the heavy FFN', 'mixers alone, softmax', 'vit-abs-k1', 'mixers-deep-softmax',
+             'softmax and the norms are all that is left to bend'),
+    Question('without the heavy FFN', 'mixers alone, ReLU', 'vit-scaling_relu', 'mixers-deep-scaling_relu',
+             'the FFN has a ReLU for each channel, the mixer one for each kernel'),
+    Question('without the heavy FFN', 'mixers alone, depth-wise', 'vit-depthwise', 'mixers-deep-depthwise',
              'depth-wise mixers keep no point-wise non-linearity'),
     Question('without the heavy FFN', 'mixers alone, wide', 'mixers-deep-softmax', 'mixers-wide-softmax',
              'more blocks compose more often'),
     Question('transfer back to ConvNets', 'a bank in ConvNeXt', 'convnext-bank', 'convnext-static',
              'the bank contains the static kernel'),
-    Question('transfer back to ConvNets', 'a neighborhood in ConvNeXt', 'convnext-static', 'convnext-all',
+    Question('transfer back to ConvNets', 'all kernels in ConvNeXt', 'convnext-static', 'convnext-all',
              'at toy size the prior of a static neighborhood is worth more'),
+    Question('transfer back to ConvNets', 'a neighborhood in ConvNeXt', 'convnext-neighborhood', 'convnext-all',
+             'without a position embedding, the neighborhood is the only prior left'),
     Question('ReLU "zeroing out" kernels', 'topk', 'vit-topk', 'vit-neighborhood',
              'answers choose better than places'),
+    Question('ReLU "zeroing out" kernels', 'topk of one half', 'vit-topk', 'vit-scaling_relu',
+             'a fresh ReLU keeps one half, too, and softmax weighs what is kept'),
 ]
 NETWORKS = {n.title: n for n in POSITIONS + PYRAMIDS + ALONE + CONVNEXTS + SELECTION_NETWORKS}
 
