@@ -58,23 +58,25 @@ class DynamicConvAttention(TokenMixer):
         self.make_output(proj_bias, proj_drop, **placed)
         self.backend = backend
 
-    def forward(self,
-        x: Tensor,                       # (b, n, dim) tokens
-        mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
-        attn_mask: Tensor | None = None, # timm's other name for it
-        is_causal: bool = False,         # a token sees itself and those before it
-    ) -> Tensor:                         # (b, n, dim)
-        "Static conv, dynamic conv, activation, dynamic conv, static conv."
-        q, k, v = self.project(x)                                     # (b, h, n, d) each
-        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
-                                        self.takes_additive_masks())
-        near = self.neighbors(mask)
-        if near is not None:
-            q = near.read(q)                                          # (b, h, n, d * taps)
-            k, v = self.widen(x, k, v)
-        k, v, mask = self.select(q, k, v, mask)                       # (b, h, m, d)
-        y = self.mix(q, k, v, bias, mask, near)                  # (b, h, n, d)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+# %% ../../nbs/layers/07_attention.ipynb #6e753ff6
+@patch
+def forward(self: DynamicConvAttention,
+    x: Tensor,                       # (b, n, dim) tokens
+    mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
+    attn_mask: Tensor | None = None, # timm's other name for it
+    is_causal: bool = False,         # a token sees itself and those before it
+) -> Tensor:                         # (b, n, dim)
+    "Static conv, dynamic conv, activation, dynamic conv, static conv."
+    q, k, v = self.project(x)                                     # (b, h, n, d) each
+    bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
+                                    self.takes_additive_masks())
+    near = self.neighbors(mask)
+    if near is not None:
+        q = near.read(q)                                          # (b, h, n, d * taps)
+        k, v = self.widen(x, k, v)
+    k, v, mask = self.select(q, k, v, mask)                       # (b, h, m, d)
+    y = self.mix(q, k, v, bias, mask, near)                       # (b, h, n, d)
+    return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/layers/07_attention.ipynb #b4ff2b62
 @patch
@@ -95,7 +97,6 @@ def mix(self: DynamicConvAttention,
     y = self.backend(q, k, v, self.current_activation(), bias=bias, mask=mask, position=self.position())
     return y if near is None else near.add(y)
 
-# %% ../../nbs/layers/07_attention.ipynb #02eaade8
 @patch
 def takes_additive_masks(self: DynamicConvAttention) -> bool:
     """May a mask of 0 and -100 stay a bias? Where it enters the logits and kernels compete; sigmoid counts
@@ -103,6 +104,7 @@ def takes_additive_masks(self: DynamicConvAttention) -> bool:
     if self.selection is not None or self.kernel_size > 1: return False   # both look at True and False
     return getattr(self.act, 'bias_in_logits', False) and getattr(self.act, 'communication', False)
 
+# %% ../../nbs/layers/07_attention.ipynb #02eaade8
 @patch
 def current_activation(self: DynamicConvAttention) -> Callable:
     "The activation as this pass needs it: on the grid of the image at hand, and with dropout in training."

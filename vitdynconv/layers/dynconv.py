@@ -182,17 +182,6 @@ class DynamicDepthwiseConv(nn.Module):
         return (f'{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
                 f'groups={self.groups}, per={self.per!r}')
 
-# %% ../../nbs/layers/10_dynconv.ipynb #21873c69
-class DynamicDepthwiseConv1d(DynamicDepthwiseConv):
-    "D-DW-Conv over sequences: (b, c, n) to (b, c, ceil(n / stride))."
-    ndim = 1
-
-class DynamicDepthwiseConv2d(DynamicDepthwiseConv):
-    "D-DW-Conv over feature maps: (b, c, h, w) to (b, c, ceil(h / stride), ceil(w / stride))."
-    ndim = 2
-
-for cls in DynamicDepthwiseConv1d, DynamicDepthwiseConv2d: one_operation(cls)
-
 # %% ../../nbs/layers/10_dynconv.ipynb #gener002
 @patch
 def make_pool(self: DynamicDepthwiseConv) -> nn.Module:
@@ -273,8 +262,17 @@ def literal(self: DynamicDepthwiseConv,
         y.append((neighborhood * kernels[(..., *position)]).sum(-1))
     return self.add_bias(torch.stack(y, -1).unflatten(-1, size))
 
+# %% ../../nbs/layers/10_dynconv.ipynb #21873c69
+class DynamicDepthwiseConv1d(DynamicDepthwiseConv):
+    "D-DW-Conv over sequences: (b, c, n) to (b, c, ceil(n / stride))."
+    ndim = 1
+
+# %% ../../nbs/layers/10_dynconv.ipynb #7afe37b5
+class DynamicDepthwiseConv2d(DynamicDepthwiseConv):
+    "D-DW-Conv over feature maps: (b, c, h, w) to (b, c, ceil(h / stride), ceil(w / stride))."
+    ndim = 2
+
 # %% ../../nbs/layers/10_dynconv.ipynb #a2e056ef
-@one_operation
 class Involution2d(DynamicDepthwiseConv2d):
     "Involution: kernels for each position, shared by groups of channels (arXiv 2103.06255, section 3)."
     def __init__(self,
@@ -293,3 +291,5 @@ class Involution2d(DynamicDepthwiseConv2d):
     def make_pool(self) -> nn.Module:
         "The mean of each block of stride x stride positions, cut off at the border"
         return nn.AvgPool2d(self.stride, self.stride, ceil_mode=True) if self.stride > 1 else nn.Identity()
+
+for cls in DynamicDepthwiseConv1d, DynamicDepthwiseConv2d, Involution2d: one_operation(cls)
