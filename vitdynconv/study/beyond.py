@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VIT', 'SWIN', 'SMALL_CONVNEXT', 'PYRAMID', 'MIXERS', 'POSITIONS', 'PYRAMIDS', 'ALONE', 'CONVNEXTS',
            'SELECTION_NETWORKS', 'OPEN_QUESTIONS', 'NETWORKS', 'Network', 'vit', 'convnext', 'Question', 'file_of',
-           'train_network', 'train_networks', 'read_networks', 'final_accuracies', 'compared', 'judged', 'answer']
+           'train_network', 'train_networks', 'read_networks', 'final_accuracies', 'question_differences',
+           'judge_question', 'answer']
 
 # %% ../../nbs/study/06_beyond.ipynb #39bc49b5
 from dataclasses import dataclass, field
@@ -178,7 +179,7 @@ def final_accuracies(
     last = runs[runs.epoch == runs.epochs]
     return 100 * last.pivot_table(index='seed', columns='network', values='accuracy')
 
-def compared(
+def question_differences(
     question: Question,
     runs: pd.DataFrame,  # of `read_networks`
 ) -> list[float]:        # in points, one for each seed that both networks were trained with
@@ -188,12 +189,12 @@ def compared(
     return (by_seed[question.better] - by_seed[question.worse]).dropna().tolist()
 
 # %% ../../nbs/study/06_beyond.ipynb #by21judg
-def judged(
+def judge_question(
     question: Question,
     runs: pd.DataFrame,  # of `read_networks`
 ) -> dict | None:        # mean, low, high and verdict; None for fewer than two seeds
     "What the runs say to a prediction, by the rule of the study: 95% by Student's t over paired seeds."
-    differences = compared(question, runs)
+    differences = question_differences(question, runs)
     if len(differences) < 2: return None
     mean, low, high = interval(differences)
     word = 'not visible'
@@ -205,10 +206,10 @@ def answer(
     question: Question,
     runs: pd.DataFrame,  # of `read_networks`
 ) -> str:                # 'not yet trained', or the difference with its interval and the verdict
-    "`judged` in words."
+    "`judge_question` in words."
     trained = set(final_accuracies(runs))
     missing = [title for title in (question.better, question.worse) if title not in trained]
     if missing: return f'not yet trained: {", ".join(missing)}'
-    found = judged(question, runs)
-    if found is None: return f'seeds in common: {len(compared(question, runs))}, too few to judge'
+    found = judge_question(question, runs)
+    if found is None: return f'seeds in common: {len(question_differences(question, runs))}, too few to judge'
     return '{mean:+.1f} points, interval {low:+.1f} to {high:+.1f}: {verdict}'.format(**found)
