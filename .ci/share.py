@@ -38,7 +38,7 @@ class Share:
         return True
 
     def ours(self):
-        "The tests that this process runs, each group taken when the one before is done."
+        "The tests that this process runs; a group is taken before the last test of the one before, as pytest asks what follows."
         for name, items in self.groups.items():
             if self.take(name): yield from items
 

@@ -41,7 +41,7 @@ class Step:
     def run(self):
         self.began = time.time()
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(self.words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(self.words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         for line in process.stdout:
             self.lines.append(line.rstrip())
             shown = line.rstrip().replace(f"{ROOT}{os.sep}", "")

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,15 @@ from PIL import Image
 from test_practitioner import SMALL, line
 
 from vitdynconv.data.folders import FolderReader, alike_words, natural_order
-from vitdynconv.train.ending import resume_command
+from vitdynconv.tools.cli import shell_words
+from vitdynconv.train.ending import resume_command, without_rate
 from vitdynconv.train.evaluate import vdc_eval
 from vitdynconv.train.export import vdc_export
+from vitdynconv.train.folder import check_out, open_run
 from vitdynconv.train.mistakes import drawn_epoch
 from vitdynconv.train.prediction import load_run, predict, vdc_predict
+from vitdynconv.train.recipes import RECIPES
+from vitdynconv.train.record import absolute_data
 from vitdynconv.train.run import vdc_train
 
 NAMES = ["$x^{", "m²", "1", "01", "Cat", "cat", "日本", "it's", "two\nlines", "long" * 40, os.fsdecode(b"caf\xe9")]
@@ -59,6 +64,31 @@ def test_the_hint_to_go_on_can_be_pasted(home):
     assert words.isprintable()
     done = subprocess.run(["bash", "-c", words.replace("vdc_train --resume", "ls")], capture_output=True, text=True)
     assert "last.ckpt" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", [*NAMES, "no\xa0break", "12\u202fPM", "soft\xadhyphen", "\x85", "a\nb's \\x", "-\n"], ids=ascii)
+def test_a_shell_reads_every_name_of_a_hint(name):
+    "To the byte, also where Python would print a character as an escape of another kind."
+    words = shell_words(f"/{name}", name)
+    assert words.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True)
+    assert done.stdout.split(b"\0")[:2] == [os.fsencode(f"/{name}"), os.fsencode(f"./{name}" if name[0] == "-" else name)]
+
+
+def test_the_hint_out_of_a_nan_is_one_line():
+    again = without_rate(shlex.join(["printf", "%s\\0", "--lr", "5", "two\nlines", "lr=3 a=no\xa0break"]))
+    assert again.isprintable()
+    assert subprocess.run(["bash", "-c", again], capture_output=True).stdout.split(b"\0")[:2] == [b"two\nlines", "a=no\xa0break".encode()]
+
+
+def test_a_run_in_a_folder_called_fashion_is_no_data(tmp_path, monkeypatch):
+    "`--data fashion --out fashion` can be given again; a folder of pictures of that name is refused."
+    monkeypatch.chdir(tmp_path)
+    assert absolute_data("fashion") == "fashion" and check_out("fashion", "fashion") == Path("fashion")
+    open_run(Path("fashion"), RECIPES["fashion"], dict(data="fashion", reader="")).release()
+    assert absolute_data("fashion") == "fashion" and check_out("fashion", "fashion") == Path("fashion")
+    (tmp_path/"fashion/run.json").unlink()
+    with pytest.raises(ValueError, match="write ./fashion"): absolute_data("fashion")
 
 
 def test_an_answer_keeps_the_blanks_of_a_path(home, capsys):

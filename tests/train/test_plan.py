@@ -1,5 +1,7 @@
 "What `vdc_train --plan` counts, held to what a real step keeps; and the tally of mistakes, held to scikit-learn's."
+import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,13 +9,14 @@ import timm
 import torch
 from sklearn.metrics import confusion_matrix
 from timm.optim import create_optimizer_v2
+from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from vitdynconv.models.registry import create_model
 from vitdynconv.tools.compat import memory_changes
 from vitdynconv.train.learner import parameter_groups
-from vitdynconv.train.mistakes import WORST, Tally
+from vitdynconv.train.mistakes import WORST, Tally, better_network, newest_is_best, tally_of
 from vitdynconv.train.plan import Gpus, PlannedImages, StepMemory, moment_bytes, run_cost, share_of, step_bytes, step_memory
 from vitdynconv.train.recipes import RECIPES
 
@@ -124,6 +127,34 @@ def test_mistakes_are_counted_as_scikit_learn_does():
     worst = losses.argsort(descending=True)[:WORST]
     assert torch.equal(tally.worst[0], losses[worst]) and torch.equal(tally.worst[3], images[worst])
     assert torch.equal(tally.worst[1], labels[worst]) and torch.equal(tally.worst[2], logits.argmax(1)[worst])
+
+
+def random_states(): return random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+
+
+def test_a_tally_made_afterwards_is_of_the_network_in_use():
+    "Nothing drops out, and the random numbers of the run stay those that they were."
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(.5), nn.Linear(9, 4)).train()
+    images, labels = torch.randn(57, 1, 3, 3), torch.randint(4, (57,))
+    def batches():
+        for part in range(0, 57, 10):
+            drawn.append((torch.rand(1), np.random.rand(), random.random()))
+            yield images[part:part + 10], labels[part:part + 10]
+    drawn, before = [], random_states()
+    tally = tally_of(network, batches())
+    assert len(drawn) == 6 and random_states() == before
+    guesses = (images.flatten(1) @ network[2].weight.T + network[2].bias).argmax(1)
+    assert tally.counts.tolist() == confusion_matrix(labels, guesses, labels=range(4)).tolist()
+
+
+@pytest.mark.parametrize("accuracies, averaged, best, average", [([.5], [.6], True, True), ([.6], [.5], True, False), ([.5], [.5], True, False), ([.5], [None], True, False),
+                                                                ([.4, .5], [.7, .6], False, True), ([.4, .5], [.3, .6], True, True), ([.8, .5], [.3, .4], False, False)])
+def test_what_the_newest_epoch_leaves(accuracies, averaged, best, average):
+    "The more accurate of the network and its average, and only if no epoch before was better."
+    history = [dict(epoch=epoch, accuracy=a, ema_accuracy=b) for epoch, (a, b) in enumerate(zip(accuracies, averaged), 1)]
+    learn = SimpleNamespace(history=history, model=nn.Identity(), weight_average=SimpleNamespace(average=SimpleNamespace(module="average")))
+    assert newest_is_best(history) == best and better_network(learn) is ("average" if average else learn.model)
 
 
 def test_several_processes_gather_their_mistakes(monkeypatch):

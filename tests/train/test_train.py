@@ -1,5 +1,6 @@
 "vdc_train and vdc_eval as a user has them: runs, resume after every kind of death, refusals, and Table 4 in effect on a tree of JPEG files."
 import csv
+import importlib.machinery
 import json
 import math
 import os
@@ -24,13 +25,14 @@ from vitdynconv.train.checkpoint import FORMAT, CheckpointError, Checkpoints, Ru
 from vitdynconv.data import imagenet_dls
 from vitdynconv.demo import demo_model
 from vitdynconv.train.evaluate import read_run_weights, vdc_eval
-from vitdynconv.train.logbook import wandb_writer
+from vitdynconv.train.logbook import EventFile, wandb_writer
 from vitdynconv.train.recipes import RECIPES, Recipe
 from vitdynconv.train.ending import Terminated, earlier_checkpoint, last_line, lower_rate_command
 from vitdynconv.train.build import recipe_dls, recipe_model, weights_images
 from vitdynconv.train.folder import check_out, open_run
+from vitdynconv.train.record import LOCK, check_free
 from vitdynconv.train.run import choose_recipe, vdc_train
-from vitdynconv.train.session import run_learner
+from vitdynconv.train.session import given_back, run_learner
 
 HARD = ['--epochs', '5', '--batch_size', '128', '--lr', '8e-3',   # all that makes exactness hard, on a few steps
         '--set', 'lr_batch_size=128 warmup_epochs=0.5 drop_path=0.1 ema=yes ema_decay=0.9 mixup=0.8 cutmix=1.0 grad_accum=2']
@@ -88,6 +90,31 @@ def test_tensorboard_gets_the_same_rows(digits_run):
     assert [e.value for e in events.Scalars('valid_loss')] == pytest.approx([float(row['valid_loss']) for row in rows_of(digits_run[0])], rel=1e-6)
 
 
+def test_an_event_that_was_half_written_is_taken_back(tmp_path):
+    "The disk takes ten bytes of the second row and no more; when there is room, the file goes on where it was whole."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    write, rows, before = EventFile(tmp_path), [dict(epoch=1, valid_loss=2.), dict(epoch=2, valid_loss=1.)], resource.getrlimit(resource.RLIMIT_FSIZE)
+    write(rows[:1])
+    whole = write.path.read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, before[1]))
+        with pytest.raises(OSError): write(rows)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert write.path.read_bytes() == whole
+    write(rows)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars('valid_loss')] == [1, 2]
+
+
+def test_event_files_of_a_run_that_goes_on_replace_the_earlier_ones(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    rows = [dict(epoch=1, valid_loss=2.), dict(epoch=2, valid_loss=1.)]
+    for number, known in enumerate((rows, rows[:1], rows)):
+        write = EventFile(tmp_path)
+        write.path = write.path.with_name(f'{write.path.name}.{number}')   # as of a later second
+        write(known)
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars('valid_loss')] == [1, 2]
+
+
 def test_weights_and_biases_gets_the_same_rows(tmp_path, monkeypatch):
     "Its client needs an account; what we hand it is seen by one of our own."
     calls = []
@@ -97,6 +124,37 @@ def test_weights_and_biases_gets_the_same_rows(tmp_path, monkeypatch):
     for epoch in (1, 2): write([dict(epoch=1, valid_loss=2.), dict(epoch=2, valid_loss=1.)][:epoch])
     assert calls[0]['name'] == 'RUN' and calls[0]['config']['lr'] == TINY.lr and calls[0]['resume'] == 'allow'
     assert calls[1:] == [(1, 2.), (2, 1.)]
+
+
+def test_a_tracker_that_cannot_begin_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def refuse(**options): raise RuntimeError('no account:\n  wandb login')
+    wandb = types.ModuleType('wandb')
+    wandb.__spec__, wandb.init = importlib.machinery.ModuleSpec('wandb', None), refuse
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    assert '--log wandb cannot begin: no account: wandb login' in said(capsys, 2, vdc_train, out=str(tmp_path/'RUN'), log='wandb', epochs='1', depth='1')
+    assert not list(tmp_path.iterdir())
+
+
+class Handed:
+    "A lock; as soon as it is released, another run begins in the folder."
+    def __init__(self, folder): self.folder, self.lock = folder, open_run(folder, RECIPES['digits'], dict(data='', reader=''))
+    def release(self):
+        self.lock.release()
+        self.next = open_run(self.folder, RECIPES['digits'], dict(data='', reader=''))
+
+
+def test_a_start_that_fails_takes_no_file_of_the_next_one(tmp_path):
+    lock = Handed(tmp_path/'RUN')
+    with pytest.raises(RuntimeError, match='out of memory'), given_back(lock, tmp_path/'RUN'): raise RuntimeError('out of memory')
+    assert {path.name for path in (tmp_path/'RUN').iterdir()} == {'recipe.json', 'run.json', LOCK}
+    lock.next.release()
+
+
+def test_a_run_that_goes_on_and_fails_keeps_its_folder(tmp_path):
+    lock = open_run(tmp_path/'RUN', RECIPES['digits'], dict(data='', reader=''))
+    with pytest.raises(KeyboardInterrupt), given_back(lock, None): raise KeyboardInterrupt
+    assert {path.name for path in (tmp_path/'RUN').iterdir()} == {'recipe.json', 'run.json'}
+    check_free(tmp_path/'RUN')
 
 
 def test_a_finished_run_resumed_stays_as_it_is(digits_run, capsys):

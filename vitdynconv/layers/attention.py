@@ -58,25 +58,27 @@ class DynamicConvAttention(TokenMixer):
         self.make_output(proj_bias, proj_drop, **placed)
         self.backend = backend
 
-    def forward(self,
-        x: Tensor,                       # (b, n, dim) tokens
-        mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
-        attn_mask: Tensor | None = None, # timm's other name for it
-        is_causal: bool = False,         # a token sees itself and those before it
-    ) -> Tensor:                         # (b, n, dim)
-        "Static conv, dynamic conv, activation, dynamic conv, static conv."
-        q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
-        q, k = self.q_norm(q), self.k_norm(k)
-        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
-                                        self.takes_additive_masks())
-        near = self.neighbors(mask)
-        if near is not None:
-            q = near.read(q)                                          # (b, h, n, d * taps)
-            k, v = self.widen(x, k, v)
-        k, v, mask = self.select(q, k, v, mask)                       # (b, h, m, d)
-        y = self.backend(q, k, v, self.current_activation(), bias=bias, mask=mask, position=self.position())
-        if near is not None: y = near.add(y)                          # (b, h, n, d)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+# %% ../../nbs/layers/07_attention.ipynb #6e753ff6
+@patch
+def forward(self: DynamicConvAttention,
+    x: Tensor,                       # (b, n, dim) tokens
+    mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
+    attn_mask: Tensor | None = None, # timm's other name for it
+    is_causal: bool = False,         # a token sees itself and those before it
+) -> Tensor:                         # (b, n, dim)
+    "Static conv, dynamic conv, activation, dynamic conv, static conv."
+    q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
+    q, k = self.q_norm(q), self.k_norm(k)
+    bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
+                                    self.takes_additive_masks())
+    near = self.neighbors(mask)
+    if near is not None:
+        q = near.read(q)                                          # (b, h, n, d * taps)
+        k, v = self.widen(x, k, v)
+    k, v, mask = self.select(q, k, v, mask)                       # (b, h, m, d)
+    y = self.backend(q, k, v, self.current_activation(), bias=bias, mask=mask, position=self.position())
+    if near is not None: y = near.add(y)                          # (b, h, n, d)
+    return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/layers/07_attention.ipynb #b4ff2b62
 @patch

@@ -112,21 +112,23 @@ class DepthwiseSelfAttention(TokenMixer):
         self.make_output(proj_bias, proj_drop, **placed)
         self.pos_per, self.backend = pos_per, backend
 
-    def forward(self,
-        x: Tensor,                       # (b, n, dim) tokens
-        mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
-        attn_mask: Tensor | None = None, # timm's other name for it
-        is_causal: bool = False,         # a token sees itself and those before it
-    ) -> Tensor:                         # (b, n, dim)
-        "Eq. 5 between its projections."
-        q, k = split_heads(self.qk(x), 2, self.head_dim)              # (b, h, n, d) each
-        q, k = self.q_norm(q), self.k_norm(k)
-        _, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal)
-        if self.kernel_size > 1: y = self.with_neighbors(x, q, k, mask)
-        else:
-            k, _, mask = self.select(q, k, None, mask)                # (b, h, m, d)
-            y = self.backend(q, k, mask=mask, position=self.position())
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+# %% ../../nbs/layers/08_depthwise.ipynb #8672defa
+@patch
+def forward(self: DepthwiseSelfAttention,
+    x: Tensor,                       # (b, n, dim) tokens
+    mask: Tensor | None = None,      # bool or additive: (n, n), (windows, n, n) or (b, h, n, n)
+    attn_mask: Tensor | None = None, # timm's other name for it
+    is_causal: bool = False,         # a token sees itself and those before it
+) -> Tensor:                         # (b, n, dim)
+    "Eq. 5 between its projections."
+    q, k = split_heads(self.qk(x), 2, self.head_dim)              # (b, h, n, d) each
+    q, k = self.q_norm(q), self.k_norm(k)
+    _, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal)
+    if self.kernel_size > 1: y = self.with_neighbors(x, q, k, mask)
+    else:
+        k, _, mask = self.select(q, k, None, mask)                # (b, h, m, d)
+        y = self.backend(q, k, mask=mask, position=self.position())
+    return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/layers/08_depthwise.ipynb #tapsdw01
 @patch

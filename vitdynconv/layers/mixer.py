@@ -264,8 +264,8 @@ def check_kernel_size(
     grid_size: tuple | None,       # (H, W), or None
 ) -> None:
     "ValueError for a size without a center, and for neighborhoods without a map."
-    if not isinstance(kernel_size, int) or isinstance(kernel_size,
-                                                      bool) or kernel_size < 1 or kernel_size % 2 == 0:
+    whole = isinstance(kernel_size, int) and not isinstance(kernel_size, bool)
+    if not whole or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f'kernel_size={kernel_size!r} has no center; choose an odd number: 1, 3, 5, ...')
     if kernel_size > 1 and grid_size is None:
         raise ValueError(f'kernel_size={kernel_size} needs grid_size=(H, W), the map or window on which '

@@ -164,12 +164,14 @@ def judge(
     runs: pd.DataFrame,    # of `measure_runs`
     margin=MARGIN,         # points that 'as good' allows
     level=.05,
-) -> pd.DataFrame:         # one line for each finding: claim, source, what, expected, mean, low, high, p, verdict
-    "Judge a family of findings by the rule, with Holm's adjustment. ValueError for a row that was not run."
+) -> pd.DataFrame:         # one line for each finding: claim, ..., mean, low, high, p, verdict, alone
+    """Judge a family of findings by the rule, with Holm's adjustment; `alone` is the verdict without it. ValueError
+    for a row that was not run."""
     adjusted = holm([p_value(finding, runs, margin) for finding in family])
     lines = []
     for finding, p in zip(family, adjusted):
         line = verdict(finding, runs, margin)
+        line['alone'] = line['verdict']
         if p > level: line['verdict'] = 'not visible'
         lines.append(dict(claim=finding.claim, source=finding.source, what=finding.what,
                           expected=finding.expected, **line, p=p))

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['INSTALL', 'FULL_DISK', 'DAMAGED', 'DEAD_PROCESS', 'DEAD_PROCESS_CLASSES', 'CONVERTERS', 'format_value', 'printable',
            'format_table', 'exit_with_message', 'check_choice', 'check_threads', 'shell_words', 'shell_word',
-           'short_message', 'is_dead_process', 'is_out_of_memory', 'is_full_disk', 'explain_error', 'explain_missing',
-           'exit_on_error', 'Option', 'options_of', 'whole_number', 'number', 'without_none', 'argument_settings',
-           'CommandParser', 'with_hyphens', 'runs_as_module', 'runs_as_script', 'escape_unprintable', 'command']
+           'byte_escapes', 'short_message', 'is_dead_process', 'is_out_of_memory', 'is_full_disk', 'explain_error',
+           'explain_missing', 'exit_on_error', 'Option', 'options_of', 'whole_number', 'number', 'without_none',
+           'argument_settings', 'CommandParser', 'with_hyphens', 'runs_as_module', 'runs_as_script',
+           'escape_unprintable', 'command']
 
 # %% ../../nbs/tools/03_cli.ipynb #8abd05ab
 import argparse
@@ -112,10 +113,14 @@ def shell_words(
     return ' '.join(shell_word(f'./{word}' if word.startswith('-') else word) for word in words)
 
 def shell_word(word: str) -> str:
-    "One word for a shell, on one line: a line break in it is an escape in bash's quotes."
+    "One word for a shell, on one line: bytes of what cannot be printed are escapes in bash's quotes."
     if word.isprintable(): return shlex.quote(word)
     escaped = word.replace('\\', r'\\').replace("'", r"\'")
-    return f"$'{printable(escaped)}'"
+    return "$'" + ''.join(c if c.isprintable() else byte_escapes(c) for c in escaped) + "'"
+
+def byte_escapes(text: str) -> str:
+    r"The bytes of a text as bash reads them: \x0a for a line break."
+    return ''.join(f'\\x{byte:02x}' for byte in os.fsencode(text))
 
 # %% ../../nbs/tools/03_cli.ipynb #cliguar1
 def short_message(

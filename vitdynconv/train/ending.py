@@ -17,7 +17,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from ..tools.cli import exit_with_message, explain_error, shell_words, short_message
+from ..tools.cli import exit_with_message, explain_error, shell_word, shell_words, short_message
 from ..tools.files import is_training_run
 
 # %% ../../nbs/train/16_ending.ipynb #ending07
@@ -54,7 +54,7 @@ def without_rate(
     "A command without its learning rate."
     words = shlex.split(command)
     while '--lr' in words: del words[words.index('--lr'):words.index('--lr') + 2]
-    return shlex.join(re.sub(r'\blr=\S+\s*', '', word) for word in words)
+    return ' '.join(shell_word(re.sub(r'\blr=\S+\s*', '', word)) for word in words)
 
 # %% ../../nbs/train/16_ending.ipynb #ending12
 def lower_rate_command(

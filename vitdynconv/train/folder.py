@@ -37,7 +37,8 @@ def check_out(
 ) -> Path:
     "Raise ValueError if `folder` cannot become a new run; writes nothing."
     folder = Path(folder)
-    tree = data if data and not reader and Path(data).is_dir() else ''
+    in_files = data not in ('', 'fashion') and not reader
+    tree = data if in_files and Path(data).is_dir() else ''
     if tree and folder.resolve().is_relative_to(Path(tree).resolve()):
         raise ValueError(f'out={str(folder)!r} lies in the data, {data}, which hold pictures and '
                          'no runs; give a folder elsewhere')
@@ -55,10 +56,13 @@ def check_out(
     return folder
 
 # %% ../../nbs/train/08_folder.ipynb #3b86366c
-def remove_start(folder):
+def remove_start(
+    folder: Path,
+    *kept,  # names of files that stay
+):
     "Empty the folder of a run in which no epoch was finished."
     for path in folder.iterdir():
-        if path.name.startswith(START_FILES): path.unlink()
+        if path.name.startswith(START_FILES) and path.name not in kept: path.unlink()
 
 def open_run(folder, recipe, record: dict) -> RunLock:
     "Make the folder of a run, with its recipe, its record and its lock, in one step."

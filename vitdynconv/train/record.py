@@ -21,7 +21,7 @@ def absolute_data(
     reader='',  # timm's reader
 ) -> str:       # the same; a path on this disk as an absolute one
     "Where the data are, from wherever the run goes on later."
-    if data == 'fashion' and Path(data).exists():
+    if data == 'fashion' and Path(data).exists() and not is_training_run(data):
         raise ValueError('--data fashion is Fashion-MNIST, and a folder here has that name: write ./fashion '
                          'for the folder, or start elsewhere for Fashion-MNIST')
     if data in ('', 'fashion') or not Path(data).exists(): return data

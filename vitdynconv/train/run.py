@@ -226,7 +226,7 @@ def prepare_branch(fields: dict, options: dict) -> tuple:
     if 'data' not in run:
         raise ValueError(f'{path} does not say where its data are: vdc_train writes checkpoints that do')
     if options['data']: run = run | dict(data=absolute_data(options['data'], run['reader']))
-    command = f'{repeating_command(fields, options)} --resume {shell_words(path)}'
+    command = repeating_command(fields | dict(resume=path), options)
     out = check_out(options['out'], run['data'], run['reader'])
     return recipe, out, run | dict(command=command), checkpoint
 

@@ -7,7 +7,7 @@ __all__ = ['headline', 'BestWeights', 'CatchUp', 'refuse_changed_data', 'watcher
            'network_and_data', 'given_back', 'run_learner', 'finish']
 
 # %% ../../nbs/train/09_session.ipynb #c4daabe2
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import torch.distributed as dist
 import vitdynconv.tools.cli  # first: it silences a deprecation on importing fastai
 from ..tools.files import save_rows
@@ -17,7 +17,7 @@ from .build import dry_step, recipe_dls, recipe_model, run_images
 from .checkpoint import Checkpoints, RunStopped, best_epochs, restore, save_weights, score
 from .learner import create_learner, start_processes
 from .logbook import EachEpoch, FiniteLoss, HeldOut, StepLog, open_tracker, plot_history
-from .record import RunLock, check_classes, data_changes, record_of
+from .record import LOCK, RunLock, check_classes, data_changes, record_of
 from .folder import open_run, remove_start
 from .mistakes import Mistakes, better_network, newest_is_best
 from .shard import shard_run
@@ -133,13 +133,14 @@ def given_back(
     lock,   # `RunLock`, or None in the other processes
     folder, # of a run that begins; None for one that goes on
 ):
-    "If what follows fails, the lock is released, and a folder that was made for nothing is removed."
+    "If what follows fails, a folder that was made for nothing is emptied and removed, and the lock is released."
     try: yield
     except BaseException:
-        if lock: lock.release()
         if lock and folder:
-            remove_start(folder)
-            if not any(folder.iterdir()): folder.rmdir()
+            with suppress(OSError): remove_start(folder, LOCK)
+        if lock: lock.release()    # from here on another run may begin in the folder
+        if lock and folder:
+            with suppress(OSError): folder.rmdir()   # if it is empty
         raise
 
 # %% ../../nbs/train/09_session.ipynb #runlear1

@@ -26,7 +26,7 @@ class ProjectedKernels(Selection):
 
     def __init__(self,
         grid_size: int | tuple[int, int], # height and width of the map; (1, n) for a sequence
-        num_kernels: int | None = None,   # k, the size of the new bank; None: a quarter of the old one
+        num_kernels: int | None = None,   # m, the size of the new bank; None: a quarter of the old one
         num_heads: int = 1,               # heads of the attention, for `share='none'`
         # one of `SHARING`; with 'layers', hand one and the same module to all layers
         share: str = 'none',
@@ -44,7 +44,7 @@ class ProjectedKernels(Selection):
             raise ValueError(f'num_kernels={num_kernels} mixtures cannot be made of {n} kernels; '
                              f'choose 1 to {n}')
         shape = num_heads if share == 'none' else 1, n, num_kernels
-        self.E = nn.Parameter(torch.empty(shape))                                         # (heads or 1, n, k)
+        self.E = nn.Parameter(torch.empty(shape))                                         # (heads or 1, n, m)
         # the same, or None where E serves both
         self.F = nn.Parameter(torch.empty(shape)) if share in ('none', 'heads') else None
         self.reset_parameters()
@@ -85,9 +85,9 @@ def forward(self: ProjectedKernels,
 # %% ../../../nbs/layers/selections/02_projected.ipynb #6b41c0c3
 @patch
 def resized(self: ProjectedKernels,
-    p: Tensor,                   # (heads or 1, n, k), E or F
+    p: Tensor,                   # (heads or 1, n, m), E or F
     new_grid: tuple[int, int],   # height and width of the map
-) -> Tensor:                     # (heads or 1, n', k)
+) -> Tensor:                     # (heads or 1, n', m)
     "A projection as the pictures that it is: bicubic, and scaled so that its sums over the map stay."
     old, new = math.prod(self.grid_size), math.prod(new_grid)
     prefix, patches = p.split([self.num_prefix_tokens, old], 1)
