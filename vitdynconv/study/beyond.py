@@ -193,7 +193,7 @@ def judge_question(
     question: Question,
     runs: pd.DataFrame,  # of `read_networks`
 ) -> dict | None:        # mean, low, high and verdict; None for fewer than two seeds
-    "What the runs say to a prediction, by the rule of the study: 95% by Student's t over paired seeds."
+    "What the runs say to a prediction: 95% by Student's t over paired seeds, each prediction by itself."
     differences = question_differences(question, runs)
     if len(differences) < 2: return None
     mean, low, high = interval(differences)
