@@ -49,6 +49,18 @@ def test_the_first_page_quotes_the_paper():
     assert f"from {swin['softmax']:.2f} to {swin['ln_relu']:.2f} %" in text
 
 
+def test_the_accuracies_of_the_six_activations():
+    "The page on activations prints Table 2: base, position and class token are the columns."
+    columns = {"DeiT-S, Abs, class token": ("deit_s", "abs", True), "DeiT-S, Rel, class token": ("deit_s", "rel", True),
+               "DeiT-S, Rel, mean": ("deit_s", "rel", False), "Swin-T, Abs": ("swin_t", "abs", False), "Swin-T, Rel": ("swin_t", "rel", False)}
+    top1 = {(row["base"], row["pos"], row["class_token"], row["activation"]): row["top1"] for row in TABLE2}
+    page = "\n".join("".join(c["source"]) for c in json.loads((NBS/"layers/02_activations.ipynb").read_text())["cells"])
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    assert head[1:] == [*columns] and len(rows) == 6
+    printed = {(*columns[name], row[0].strip("`")): float(cell) for row in rows for name, cell in zip(head[1:], row[1:]) if cell}
+    assert printed == top1
+
+
 def test_the_missed_goals_of_the_page_on_speed():
     "The page names them in words: scaling and ln from 197 on, ReLU in windows, ln_relu up to 197, relative position."
     missed = defaultdict(set)

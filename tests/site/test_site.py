@@ -25,6 +25,7 @@ def flat(entries):
 
 
 PAGES = list(flat(WEBSITE["sidebar"]["contents"]))
+BUILDERS = ["layers/05_mixer.ipynb", "layers/06_takeover.ipynb"]   # no reader needs them: they close the derivation
 
 
 # The configuration
@@ -38,12 +39,18 @@ def test_sidebar_lists_every_notebook_once():
 def test_sidebar_is_in_reading_order():
     assert [e["section"] for e in WEBSITE["sidebar"]["contents"] if isinstance(e, dict)] == SECTIONS
     for section in WEBSITE["sidebar"]["contents"]:   # a chapter that gathers pages of several parts has each part in order
-        pages = list(flat([section]))
+        pages = [page for page in flat([section]) if page not in BUILDERS]
         for part in {Path(n).parent for n in pages}:
             numbered = [n for n in pages if Path(n).parent == part and Path(n).name[0].isdigit()]
             assert numbered == sorted(numbered)
     tables = [n for n in PAGES if n.startswith("results/table")]
     assert tables == ["results/table1.ipynb", "results/table2.ipynb", "results/table3.ipynb"]
+
+
+def test_the_derivation_ends_with_the_pages_for_builders():
+    derivation, = [e for e in WEBSITE["sidebar"]["contents"] if isinstance(e, dict) and e["section"] == "Derivation"]
+    assert derivation["contents"][-1] == {"section": "For builders", "contents": BUILDERS}
+    assert sum(page in BUILDERS for page in PAGES) == len(BUILDERS)
 
 
 def test_a_reader_can_search_move_on_edit_and_ask():

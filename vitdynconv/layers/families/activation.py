@@ -37,7 +37,7 @@ class Activation(nn.Module):
             cls.family = 'rows'   # what a parent promises need not hold for its child
 
     def forward(self,
-        logits: Tensor,             # (..., n, m) raw scores q.k
+        logits: Tensor,             # (..., n, m) raw logits q.k
         bias: Tensor | None = None, # broadcasts to (..., n, m): relative position bias
         mask: Tensor | None = None, # bool, broadcasts to (..., n, m): True where a kernel is selected
     ) -> Tensor:                    # (..., n, m) the weight of each kernel

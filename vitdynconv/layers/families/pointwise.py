@@ -75,7 +75,7 @@ class Scaling(Pointwise):
 # %% ../../../nbs/layers/families/02_pointwise.ipynb #9808d2d1
 @register('scaling_relu')
 class ScalingReLU(Pointwise):
-    "relu(s / d): kernels with a negative score are switched off."
+    "relu(s / d): kernels with a negative logit are switched off."
     family, scale = 'pointwise', 'head_dim'
     normalization, nonlinearity = 'Scaling', 'ReLU'
     f = staticmethod(F.relu)

@@ -91,7 +91,7 @@ def forward(self: Selection,
                          f'{self.num_prefix_tokens} tokens '
                          'in front; call set_grid_size, or build the mixer for this map')
     n = math.prod(grid)
-    # windows may select padding, which no bank of a map holds
+    # columns of padding are dropped: it exists only where a map is cut
     chosen = self.fit(*grid).mask(*grid, device=q.device)[:, :n]
     chosen = with_prefix(chosen, self.num_prefix_tokens)
     return self.bank(k), v, chosen if mask is None else mask & chosen
