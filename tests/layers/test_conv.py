@@ -1,16 +1,18 @@
 "Convolutions, the equivalence and the position table, over shapes drawn by hypothesis."
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import Attention, gen_relative_position_index
+from timm.layers import Attention
 from timm.models.swin_transformer import WindowAttention
 from torch import nn
 from torch.nn import functional as F
 
 from vitdynconv.layers.conv import dynamic_conv, dynamic_conv_grouped, static_conv, to_map, to_tokens
 from vitdynconv.layers.equivalence import DynamicConvBlock, attention, attention_as_convs, attention_to_convs, convs_to_attention
-from vitdynconv.layers.position import RelativePosition, kernel_to_table, rel_pos_index, resize_per_kernel, resize_table, table_to_bias, table_to_kernel
+from vitdynconv.layers.position import RelativePosition, kernel_to_table, resize_per_kernel, resize_table, table_to_bias, table_to_kernel
 from vitdynconv.tools.testing import assert_equal, difference
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -65,7 +67,8 @@ def test_the_bias_is_a_depthwise_convolution(h, w, heads, d, prefix):
 
     assert max(difference(lambda t, v: table_to_bias(t, (h, w), prefix) @ v, convolution, table, v)) < 1e-12
     assert torch.equal(kernel_to_table(table_to_kernel(table, (h, w))), table)
-    assert torch.equal(rel_pos_index((h, w)), gen_relative_position_index((h, w)))
+    bias, rows = table_to_bias(table, (h, w)), table.reshape(2 * h - 1, 2 * w - 1, heads)
+    for i, j in product(range(h * w), range(h * w)): assert torch.equal(bias[:, i, j], rows[i // w - j // w + h - 1, i % w - j % w + w - 1])
 
 
 @pytest.mark.parametrize('window', [(4, 4), (3, 5)])
