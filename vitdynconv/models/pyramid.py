@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDED', 'PYRAMID_SIZES', 'PYRAMID_BODIES', 'PyramidBlock', 'is_count', 'stage_grids', 'PyramidTransformer',
-           'check_stages', 'make_stage', 'stages_asked_for', 'PyramidBackbone', 'Body', 'pyramid_macs']
+           'check_ends', 'check_stages', 'make_stage', 'stages_asked_for', 'PyramidBackbone', 'Body', 'pyramid_macs']
 
 # %% ../../nbs/models/15_pyramid.ipynb #72dfc8d3
 import math
@@ -102,11 +102,7 @@ class PyramidTransformer(Converted, nn.Module):
     ):
         super().__init__()
         check_stages(embed_dims, depths, num_heads, strides)
-        if not is_count(patch_size):
-            raise ValueError(f'patch_size={patch_size!r} cuts no patches; choose a whole number, usually 4')
-        if global_pool not in ('avg', ''):
-            raise ValueError(f"global_pool={global_pool!r} does not fit a pyramid, which has no class token; "
-                             "choose 'avg', or '' for none")
+        check_ends(patch_size, global_pool)
         self.num_classes, self.global_pool, self.num_features = num_classes, global_pool, embed_dims[-1]
         self.head_hidden_size = embed_dims[-1]
         self.strides = tuple(strides)
@@ -136,6 +132,14 @@ class PyramidTransformer(Converted, nn.Module):
         named_apply(init_weights_vit_timm, self)
 
 # %% ../../nbs/models/15_pyramid.ipynb #25f8daa1
+def check_ends(patch_size: int, global_pool: str) -> None:
+    "ValueError for patches of no size, and for a pooling that needs a class token."
+    if not is_count(patch_size):
+        raise ValueError(f'patch_size={patch_size!r} cuts no patches; choose a whole number, usually 4')
+    if global_pool not in ('avg', ''):
+        raise ValueError(f"global_pool={global_pool!r} does not fit a pyramid, which has no class token; "
+                         "choose 'avg', or '' for none")
+
 def check_stages(*lists: tuple) -> None:
     "ValueError if the stages' settings differ in number, or are no numbers of channels, blocks and heads."
     names = 'embed_dims', 'depths', 'num_heads', 'strides'
