@@ -190,7 +190,8 @@ def test_export_with_any_batch_size(name):
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (lambda: DynamicConv2d(8, 6, 3, groups=4), '4 groups do not divide out_channels=6'), (lambda: DynamicConv2d(8, 6, 3, num_kernels=0), 'num_kernels=0'), (lambda: DynamicDepthwiseConv2d(8, 4), 'choose odd sizes'),
+    (lambda: DynamicConv2d(8, 6, 3, groups=4), '4 groups do not divide out_channels=6'), (lambda: DynamicConv2d(8, 6, 3, num_kernels=0), 'num_kernels=0'), (lambda: DynamicConv2d(8, 6, 3, num_kernels=2.5), 'num_kernels=2.5 is no number of kernels'), (lambda: DynamicConv2d(8, 6, 3, num_kernels='4'), "num_kernels='4' is no number"),
+    (lambda: DynamicDepthwiseConv2d(8, 4), 'choose odd sizes'),
     (lambda: DynamicDepthwiseConv2d(8, 3, per='pixel'), "choose 'position' or 'image'"), (lambda: DynamicDepthwiseConv2d(8, 3, groups=3), '3 groups'), (lambda: Involution2d(24), 'group_channels=16'),
     (lambda: GeneratedConv2d(4, 2), 'kernel_size=2'), (lambda: GeneratedConv2d(4, 3, 'pixel'), 'per='), (lambda: KernelAttention2d(10, 4), '4 heads'), (lambda: KernelAttention2d(8, 2, 2), 'kernel_size=2'),
     (lambda: KernelAttention2d(8, 2, pos='rel'), 'grid_size'), (lambda: KernelAttention2d(8, 2, pos='rel', grid_size=2, selection=ProjectedKernels(2, 2)), 'soft selection'),

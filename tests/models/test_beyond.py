@@ -213,6 +213,16 @@ def test_the_pyramid_has_strides_4_to_32_and_keeps_them():
     assert stage_grids((8, 12), (1, 2, 2)) == [(8, 12), (8, 12), (4, 6)]
 
 
+@pytest.mark.parametrize("settings, message", [
+    (dict(depths=(1, 0, 1, 1)), "depths=(1, 0, 1, 1): 0 is"), (dict(depths=(1, -1, 1, 1)), "-1 is nothing that a stage can have"), (dict(depths=(1, 1.5, 1, 1)), "1.5 is"),
+    (dict(num_heads=(1, 2, 0, 4)), "num_heads=(1, 2, 0, 4): 0 is"), (dict(embed_dims=(8, 16, 0, 32)), "embed_dims=(8, 16, 0, 32): 0 is"), (dict(depths=("1", 1, 1, 1)), "'1' is"),
+    (dict(patch_size=0), "patch_size=0 cuts no patches"), (dict(patch_size=2.5), "patch_size=2.5 cuts no patches"), (dict(strides=2), "2 strides; give four lists"),
+    (dict(strides=(1, 3, 2, 2)), "do not divide a map of 16 x 16")], ids=str)
+def test_a_pyramid_that_cannot_be_is_refused_in_one_line(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught: create_model("pyramid_tiny", **PYRAMID | settings)
+    assert "\n" not in str(caught.value)
+
+
 def test_drop_path_grows_from_block_to_block():
     model = small("pyramid_tiny", drop_path_rate=.4)
     for name in "drop_path1", "drop_path2":
@@ -291,6 +301,15 @@ def test_a_name_is_the_same_network_at_every_image_size():
     for name in "vit_tiny_mixers_deep", "vit_tiny_mixers_wide", "vit_tiny_depthwise_mixers_wide":
         shapes = [{n: p.shape for n, p in create_model(name, device="meta", img_size=size).named_parameters() if n != "pos_embed"} for size in (224, 384)]
         assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("variant", ["deep", "wide"])
+@pytest.mark.parametrize("settings, message", [
+    (dict(match_size=0), "match_size=0 holds no patch of 8 pixels"), (dict(match_size=4), "match_size=4 holds no patch"), (dict(match_size=(32, 32)), "match_size=(32, 32)"),
+    (dict(mlp_ratio=-1), "mlp_ratio=-1 is no FFN"), (dict(depth=0), "depth=0 is no size"), (dict(num_heads=5), "5 heads do not divide 24 channels")], ids=str)
+def test_mixers_that_cannot_be_are_refused_in_one_line(variant, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught: small(f"vit_tiny_mixers_{variant}", **settings)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_wide_values_do_not_have():
@@ -465,6 +484,36 @@ def test_the_study_asks_about_networks_that_it_has():
     assert {title for q in OPEN_QUESTIONS for title in (q.better, q.worse)} <= set(NETWORKS)
     for network in NETWORKS.values():
         assert network.build(0).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.fixture(scope="module")
+def studied():
+    return {title: network.build(0) for title, network in NETWORKS.items()}
+
+
+def test_networks_of_the_study_differ(studied):
+    "With the same random weights no two of them compute the same: a name that is only another name has no question."
+    x, outputs = images(DEIT), {}
+    for title, model in studied.items():
+        torch.manual_seed(0)
+        random_parameters(model := copy.deepcopy(model).eval(), .1)
+        with torch.no_grad(): outputs[title] = model(x)
+    for one in outputs:
+        for other in outputs: assert one == other or not torch.equal(outputs[one], outputs[other]), (one, other)
+
+
+def test_networks_of_the_study_are_trained_alike(studied):
+    for title, model in studied.items():
+        rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"] + [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+        assert not any(rates), title
+        if title.startswith("convnext"): assert all(block.gamma.eq(1).all() for block in model.modules() if hasattr(block, "gamma") and isinstance(block.gamma, nn.Parameter)), title
+
+
+def test_what_the_study_compares_at_equal_multiply_adds(studied):
+    for q in OPEN_QUESTIONS:
+        if "FFN" not in q.left_open and "hierarchy" not in q.left_open: continue
+        better, worse = [count(studied[title], 32).total.macs for title in (q.better, q.worse)]
+        assert .9 < better / worse < 1.1, (q.better, q.worse)
 
 
 @pytest.mark.parametrize("gap, said", [(.1, "confirmed"), (-.1, "contradicted"), (0., "not visible")])

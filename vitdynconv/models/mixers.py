@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXER_SIZES', 'MIXER_BODIES', 'MixerBlock', 'WideValues', 'WideViT', 'DynamicConvWideViT', 'WideBackbone',
-           'equal_depth', 'equal_width', 'mixers_model', 'held', 'held_norm', 'hold', 'nonlinearity']
+           'equal_depth', 'equal_width', 'check_mixer_sizes', 'mixers_model', 'held', 'held_norm', 'hold',
+           'nonlinearity']
 
 # %% ../../nbs/models/16_mixers.ipynb #eb327b28
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from .adapters.vit import DynamicConvViT, ViTBackbone
 from .backbones import find_mixers
 # timm looks for it in the module of a model's class
 from .fitting import checkpoint_filter_fn
-from .pyramid import Body
+from .pyramid import Body, is_count
 from ..tools.compat import one_operation
 
 # %% ../../nbs/models/16_mixers.ipynb #e542dfb7
@@ -150,6 +151,22 @@ def equal_width(n: int, dim: int, num_heads: int, depthwise: bool, mlp_ratio: fl
     channels = ((2 + 2 * mlp_ratio) * n * dim ** 2 + n ** 2 * dim) / (2 * n * dim + n ** 2)
     return round(channels / num_heads)
 
+# %% ../../nbs/models/16_mixers.ipynb #mx20chk1
+def check_mixer_sizes(match_size: int, patch_size: int, embed_dim: int, num_heads: int, depth: int,
+                      mlp_ratio: float) -> None:
+    "ValueError for sizes whose multiply-adds cannot be matched."
+    sizes = dict(patch_size=patch_size, embed_dim=embed_dim, num_heads=num_heads, depth=depth)
+    for name, value in sizes.items():
+        if not is_count(value): raise ValueError(f'{name}={value!r} is no size; choose a whole number from 1')
+    if embed_dim % num_heads:
+        raise ValueError(f'{num_heads} heads do not divide {embed_dim} channels; choose num_heads that divide '
+                         'embed_dim')
+    if not is_count(match_size) or match_size < patch_size:
+        raise ValueError(f'match_size={match_size!r} holds no patch of {patch_size} pixels; choose the image '
+                         'size at which multiply-adds shall be equal, usually 224')
+    if not mlp_ratio >= 0:
+        raise ValueError(f'mlp_ratio={mlp_ratio} is no FFN that could be matched; choose 0 or more, usually 4')
+
 # %% ../../nbs/models/16_mixers.ipynb #c9416f50
 def mixers_model(
     wide: bool = False,       # wider values instead of more blocks
@@ -161,6 +178,7 @@ def mixers_model(
     **kwargs,                 # as for timm's `VisionTransformer`
 ) -> VisionTransformer:       # with timm's `Attention`, or `WideValues`
     "A ViT of mixers alone."
+    check_mixer_sizes(match_size, patch_size, embed_dim, num_heads, depth, mlp_ratio)
     n = (match_size // patch_size) ** 2 + 1
     cls, mixer = VisionTransformer, None
     if wide:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VIT', 'SWIN', 'SMALL_CONVNEXT', 'PYRAMID', 'MIXERS', 'POSITIONS', 'PYRAMIDS', 'ALONE', 'CONVNEXTS',
            'SELECTION_NETWORKS', 'OPEN_QUESTIONS', 'NETWORKS', 'Network', 'vit', 'convnext', 'Question', 'file_of',
-           'train_network', 'train_networks', 'read_networks', 'answer']
+           'train_network', 'train_networks', 'read_networks', 'final_accuracies', 'question_differences',
+           'judge_question', 'answer']
 
 # %% ../../nbs/study/06_beyond.ipynb #39bc49b5
 from dataclasses import dataclass, field
@@ -170,20 +171,45 @@ def read_networks(
     return pd.concat(map(pd.read_csv, files), ignore_index=True)
 
 # %% ../../nbs/study/06_beyond.ipynb #5b2d7a84
+def final_accuracies(
+    runs: pd.DataFrame,  # of `read_networks`
+) -> pd.DataFrame:       # one line for each seed, one column for each network, in percent
+    "How the runs ended."
+    if not len(runs): return pd.DataFrame()
+    last = runs[runs.epoch == runs.epochs]
+    return 100 * last.pivot_table(index='seed', columns='network', values='accuracy')
+
+def question_differences(
+    question: Question,
+    runs: pd.DataFrame,  # of `read_networks`
+) -> list[float]:        # in points, one for each seed that both networks were trained with
+    "By how much the network that is predicted to be better was better."
+    by_seed = final_accuracies(runs)
+    if not {question.better, question.worse} <= set(by_seed): return []
+    return (by_seed[question.better] - by_seed[question.worse]).dropna().tolist()
+
+# %% ../../nbs/study/06_beyond.ipynb #by21judg
+def judge_question(
+    question: Question,
+    runs: pd.DataFrame,  # of `read_networks`
+) -> dict | None:        # mean, low, high and verdict; None for fewer than two seeds
+    "What the runs say to a prediction: 95% by Student's t over paired seeds, each prediction by itself."
+    differences = question_differences(question, runs)
+    if len(differences) < 2: return None
+    mean, low, high = interval(differences)
+    word = 'not visible'
+    if low > 0: word = 'confirmed'
+    if high < 0: word = 'contradicted'
+    return dict(mean=mean, low=low, high=high, seeds=len(differences), verdict=word)
+
 def answer(
     question: Question,
     runs: pd.DataFrame,  # of `read_networks`
 ) -> str:                # 'not yet trained', or the difference with its interval and the verdict
-    "What the runs say to a prediction, by the rule of the study: 95% by Student's t over paired seeds."
-    last = pd.DataFrame(columns=['network', 'seed', 'accuracy'])
-    if len(runs): last = runs[runs.epoch == runs.epochs]
-    by_seed = last.pivot_table(index='seed', columns='network', values='accuracy')
-    missing = [title for title in (question.better, question.worse) if title not in by_seed]
+    "`judge_question` in words."
+    trained = set(final_accuracies(runs))
+    missing = [title for title in (question.better, question.worse) if title not in trained]
     if missing: return f'not yet trained: {", ".join(missing)}'
-    differences = (by_seed[question.better] - by_seed[question.worse]).dropna().tolist()
-    if len(differences) < 2: return f'{len(differences)} paired seeds: too few to judge'
-    mean, low, high = interval([100 * each for each in differences])
-    said = 'not visible'
-    if low > 0: said = 'confirmed'
-    if high < 0: said = 'contradicted'
-    return f'{mean:+.1f} points, interval {low:+.1f} to {high:+.1f}: {said}'
+    found = judge_question(question, runs)
+    if found is None: return f'seeds in common: {len(question_differences(question, runs))}, too few to judge'
+    return '{mean:+.1f} points, interval {low:+.1f} to {high:+.1f}: {verdict}'.format(**found)
