@@ -137,6 +137,8 @@ MUTANTS = [
     Mutant("mathematics", "masked positions of as many rows as kernels", "fast/relative_position.py", "k.new_zeros(*k.shape[:2], mask.shape[1], k.shape[3])", "torch.zeros_like(k)", "layers/test_strided.py padding_selects and StridedDepthwise"),
     Mutant("mathematics", "a table in place of the bias of the call", "layers/strided.py", "rows if bias is None else bias + rows", "rows", "layers/test_strided.py numbers_added"),
     Mutant("mathematics", "a neighborhood as wide as the map", NEAR, "largest_odd(min(self.grid_size) - 1)", "largest_odd(min(self.grid_size))", "layers/test_selection.py smaller_than_the_map"),
+    Mutant("mathematics", "a block asks its rule without calling it", "layers/kxk.py", "return rule(q, k, v)", "return rule.forward(q, k, v)", "layers/test_kxk.py hooks"),
+    Mutant("mathematics", "a block's rule stays on its first map", "layers/kxk.py", "rule.live_grid = None if rule.grid_size == grid else grid", "rule.live_grid = None", "layers/test_kxk.py moves_its_rule"),
     Mutant("surgery", "a stage of a dense ConvNeXt one position smaller", CONVNEXT, "if isinstance(conv, PADDED_AS_NEEDED) or conv.padding == 'same':", "if conv.padding == 'same':", ANY_MAP),
     Mutant("surgery", "padding of a stem ignored", CONVNEXT, "(n + 2 * p - span - 1) // s + 1", "(n - span - 1) // s + 1", ANY_MAP),
     Mutant("surgery", "a static kernel padded for the turned map", CONVNEXT, "(columns, columns, rows, rows)", "(rows, rows, columns, columns)", ANY_MAP),

@@ -22,6 +22,7 @@ from vitdynconv.layers.depthwise import DepthwiseSelfAttention
 from vitdynconv.layers.kxk import KernelAttention2d
 from vitdynconv.layers.mixer import Neighbors
 from vitdynconv.layers.selection import SELECTIONS
+from vitdynconv.layers.selections.window import WindowKernels
 
 GRID, HEADS = (3, 4), 2
 
@@ -278,3 +279,36 @@ def test_reading_and_adding_are_transposes():
 def test_wrong_settings_are_answered(wrong, words):
     with pytest.raises(ValueError, match=re.escape(words)) as error: wrong()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [None, *SELECTIONS])
+@pytest.mark.parametrize("make", [
+    lambda **rule: KernelAttention2d(8, 2, stride=2, num_kernels=16, **rule),
+    lambda **rule: DynamicConvAttention(8, 2, kernel_size=3, **rule),
+    lambda **rule: DepthwiseSelfAttention(8, 2, kernel_size=3, **rule)], ids=["block", "pair", "depth-wise"])
+def test_every_layer_is_called_so_that_hooks_are_asked(make, name):
+    "Once each; dropout of the weights alone is called only where there is something to drop."
+    module, called = make(selection=name, grid_size=(4, 4)), []
+    layers = {path: layer for path, layer in module.named_modules() if path != "attn_drop"}
+    for path, layer in layers.items(): layer.register_forward_hook(lambda layer, args, out, path=path: called.append(path))
+    shape = (2, 8, 4, 4) if isinstance(module, KernelAttention2d) else (2, 16, 8)
+    module(torch.randn(shape))
+    assert sorted(called) == sorted(layers)
+    if name is None: return
+    as_ever = module(torch.ones(shape) + torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    module.selection.register_forward_hook(lambda layer, args, out: (out[0].flip(-1), *out[1:]))
+    changed = module(torch.ones(shape) + torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+    assert not torch.equal(changed, as_ever), "a hook may change what the selection says"
+
+
+def test_a_block_moves_its_rule_to_the_map_at_hand():
+    "Windows of a map of another size are those of a block that was built for it."
+    torch.manual_seed(0)
+    block = KernelAttention2d(4, 2, selection=WindowKernels(2, 1, grid_size=(4, 4)))
+    x, y = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 6, 8)
+    first, other = block(x), block(y)
+    assert torch.equal(other, block.literal(y)) or (other - block.literal(y)).abs().max() < 1e-5
+    assert torch.equal(block(x), first)
+    own = copy.deepcopy(block)
+    own.selection = WindowKernels(2, 1, grid_size=(6, 8))
+    assert torch.equal(own(y), other)

@@ -112,24 +112,26 @@ def write_notebook(path, sources, output=None):
     path.write_text(json.dumps(nb, indent=1, sort_keys=True) + "\n")
 
 
-def test_check_tells_a_stale_module_and_changes_nothing(project):
-    assert caretaker("check", "export", root=project).returncode == 0
-    module = project/"vitdynconv/one.py"
-    module.write_text(module.read_text().replace("return 1", "return 2"))
-    before = module.read_bytes()
-    done = caretaker("check", "export", root=project)
-    assert done.returncode == 1 and "vitdynconv/one.py" in done.stderr and "nbdev_export" in done.stderr
-    assert module.read_bytes() == before
+STALE = {  # what is checked -> the file, how it becomes stale, what mends it
+    "export": ("vitdynconv/one.py", lambda text: text.replace("return 1", "return 2"), "nbdev_export"),
+    "clean": ("nbs/00_one.ipynb", lambda text: text.replace('"execution_count": null', '"execution_count": 7'), "nbdev_clean"),
+    "readme": ("README.md", lambda text: text + "more\n", "make readme"),
+}
 
 
-def test_check_tells_a_stale_readme_and_changes_nothing(project):
-    readme = project/"README.md"
-    shutil.copy(ROOT/"README.md", readme)
-    with readme.open("a") as f: f.write("more\n")
-    before = readme.read_bytes()
-    done = caretaker("check", "readme", root=project)
-    assert done.returncode == 1 and "README.md" in done.stderr and "make readme" in done.stderr
-    assert readme.read_bytes() == before
+@pytest.mark.parametrize("check", STALE)
+def test_check_tells_what_is_stale_and_changes_nothing(project, check):
+    name, spoiled, remedy = STALE[check]
+    path = project/name
+    if check == "readme": shutil.copy(ROOT/name, path)
+    else: assert caretaker("check", check, root=project).returncode == 0
+    text = path.read_text(encoding="utf-8")
+    path.write_text(spoiled(text), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") != text
+    before = path.read_bytes()
+    done = caretaker("check", check, root=project)
+    assert done.returncode == 1 and name in done.stderr and remedy in done.stderr
+    assert path.read_bytes() == before
 
 
 def test_readme_shows_figures_and_turns_links(project):
@@ -145,16 +147,6 @@ def test_readme_shows_figures_and_turns_links(project):
     assert "# T\n\n> d\n\n[a](nbs/00_one.ipynb) [b](LICENSE) [c](https://example.org)\n\n```python\nf[0](x)\n```" in text
     figure, = (project/"README_files").iterdir()
     assert f"README_files/{figure.name}" in text and figure.read_text() == "<svg/>"
-
-
-def test_check_tells_an_unclean_notebook_and_changes_nothing(project):
-    assert caretaker("check", "clean", root=project).returncode == 0
-    path = project/"nbs/00_one.ipynb"
-    path.write_text(path.read_text().replace('"execution_count": null', '"execution_count": 7'))
-    before = path.read_bytes()
-    done = caretaker("check", "clean", root=project)
-    assert done.returncode == 1 and "nbs/00_one.ipynb" in done.stderr and "nbdev_clean" in done.stderr
-    assert path.read_bytes() == before
 
 
 def test_run_stores_outputs_and_leaves_flagged_cells_alone(project):

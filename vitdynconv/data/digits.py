@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['digits_split', 'digit_loaders', 'digits_dls', 'window_grid', 'photo_part', 'photo_crops', 'uniform', 'paint', 'near',
-           'clutter', 'check_clutter', 'clutter_parts', 'cluttered_digits_dls']
+           'ClutterSettings', 'clutter', 'clutter_parts', 'cluttered_digits_dls']
 
 # %% ../../nbs/data/02_digits.ipynb #dg0imp
+from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
-from .loader import stratified_split
+from .loader import SPLIT_SEED, stratified_split, VALID_PCT
 from .tensors import LightAugment, TensorSet, enlarge, tensor_dls
 
 # %% ../../nbs/data/02_digits.ipynb #dg0split
 def digits_split(
-    valid_pct=0.2,  # share of the images held out
-    split_seed=42,  # decides which
-) -> tuple:         # images (1797, 1, 8, 8) in [0, 1], labels (1797,), training and held-out numbers
+    valid_pct=VALID_PCT,   # share of the images held out
+    split_seed=SPLIT_SEED, # decides which
+) -> tuple:                # images (1797, 1, 8, 8) in [0, 1], labels (1797,), training and held-out numbers
     "scikit-learn's digits and a split with equal shares of each class."
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
@@ -44,17 +45,17 @@ def digit_loaders(
 
 # %% ../../nbs/data/02_digits.ipynb #dg1dls
 def digits_dls(
-    batch_size=32,  # images per step, over all processes
-    seed=0,         # decides the order of the images and their shifts, epoch by epoch
-    valid_pct=0.2,  # share of the images held out
-    size=16,        # pixels a side; the digits themselves have 8
-    channels=1,     # 1, or 3 equal ones for a model that wants RGB
-    shift=1,        # every other training draw moves its digit by up to this many pixels each way
-    split_seed=42,  # decides which images are held out, whatever `seed` is
-    rank=None,      # this process, and
-    world=None,     # how many share an epoch; torchrun's by default
-    device=None,    # where batches are put; the CPU by default
-) -> DataLoaders:   # train, valid; vocab '0' to '9'
+    batch_size=32,         # images per step, over all processes
+    seed=0,                # decides the order of the images and their shifts, epoch by epoch
+    valid_pct=VALID_PCT,   # share of the images held out
+    size=16,               # pixels a side; the digits themselves have 8
+    channels=1,            # 1, or 3 equal ones for a model that wants RGB
+    shift=1,               # every other training draw moves its digit by up to this many pixels each way
+    split_seed=SPLIT_SEED, # decides which images are held out, whatever `seed` is
+    rank=None,             # this process, and
+    world=None,            # how many share an epoch; torchrun's by default
+    device=None,           # where batches are put; the CPU by default
+) -> DataLoaders:          # train, valid; vocab '0' to '9'
     "Loaders of scikit-learn's 1,797 handwritten digits, normalized."
     x, y, train, valid = digits_split(valid_pct, split_seed)
     x = enlarge(x, size).repeat(1, channels, 1, 1)
@@ -133,79 +134,79 @@ def near(
     inside = (pixels - middle[..., None]).abs() < half[..., None]  # (n, 2, size)
     return (inside[:, 1, :, None] & inside[:, 0, None, :])[:, None]
 
+# %% ../../nbs/data/02_digits.ipynb #dg4check
+@dataclass(frozen=True)
+class ClutterSettings:
+    "How cluttered digits are made and split. ValueError for a setting that is not valid."
+    size: int = 32               # pixels a side, 32 to 64
+    copies: int = 4              # pictures made of each digit, each with a place and clutter of its own
+    valid_pct: float = VALID_PCT # share of the digits held out
+    channels: int = 3            # 3, or 1 for grey
+    scale: tuple = (0.75, 0.95)  # (from, to) share of the picture's side that a digit's own square takes
+    light: float = 0.3           # brightness of the photographs: 0 for black, 1 as they are
+    shift: int = 2               # every other training draw moves its picture by up to this many pixels
+    data_seed: int = SPLIT_SEED  # decides the pictures and which digits are held out
+    held_out: str = 'test'       # what is judged: 'test', or 'tune' for a part of the training digits
+
+    def __post_init__(self):
+        valid = dict(
+            size=(32 <= self.size <= 64, '32 to 64 pixels a side'),
+            channels=(self.channels in (1, 3), '3, or 1 for grey'),
+            copies=(self.copies >= 1, '1 or more pictures of each digit'),
+            scale=(0 < self.scale[0] <= self.scale[1] <= 1, 'two shares above 0 and up to 1'),
+            light=(0 <= self.light <= 1, 'from 0, black, to 1, as they are'),
+            held_out=(self.held_out in ('test', 'tune'), "'test' or 'tune'"))
+        for name, (fits, choices) in valid.items():
+            if not fits: raise ValueError(f'{name}={getattr(self, name)!r} is not valid: choose {choices}')
+
 # %% ../../nbs/data/02_digits.ipynb #dg3clut
 def clutter(
-    digits: Tensor,  # (n, 1, 8, 8) in [0, 1]
-    size: int,       # pixels a side of the result
-    span,            # (from, to) share of the photographs' width
-    generator,       # source of randomness
-    scale,           # (from, to) share of the picture's side that a digit's own square takes
-    light,           # brightness of the photographs, 1 as they are
-) -> Tensor:         # (n, 3, size, size) in [0, 1]
+    digits: Tensor,             # (n, 1, 8, 8) in [0, 1]
+    span,                       # (from, to) share of the photographs' width
+    generator,                  # source of randomness
+    settings: ClutterSettings,
+) -> Tensor:                    # (n, 3, size, size) in [0, 1]
     "Digits enlarged, moved, painted onto crops of photographs and partly covered."
-    n = len(digits)
-    background = light * photo_crops(n, size, span, generator)
-    cover = light * photo_crops(n, size, span, generator)
-    extent = scale[0] + (scale[1] - scale[0]) * uniform(generator, n, 1)
+    n, size = len(digits), settings.size
+    smallest, largest = settings.scale
+    background = settings.light * photo_crops(n, size, span, generator)
+    cover = settings.light * photo_crops(n, size, span, generator)
+    extent = smallest + (largest - smallest) * uniform(generator, n, 1)
     centre = (2 * uniform(generator, n, 2) - 1) * (1 - extent)
     windows = window_grid((1 / extent).expand(n, 2), -centre / extent, size)
     ink = F.grid_sample(digits, windows, align_corners=False)
     picture = paint(ink, background, generator)
     return torch.where(near(centre, extent, size, generator), cover, picture)
 
-# %% ../../nbs/data/02_digits.ipynb #dg4check
-def check_clutter(size: int, channels: int, copies: int, scale: tuple, light: float, held_out: str) -> None:
-    "Raise a ValueError for a setting that is not valid."
-    if not 32 <= size <= 64:
-        raise ValueError(f'size={size} is out of range: cluttered digits have 32 to 64 pixels a side')
-    if channels not in (1, 3):
-        raise ValueError(f'channels={channels} is not valid: choose 3, or 1 for grey')
-    if copies < 1:
-        raise ValueError(f'copies={copies} leaves no picture: choose 1 or more for each digit')
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f'scale={scale} is not valid: choose two shares above 0 and up to 1')
-    if not 0 <= light <= 1:
-        raise ValueError(f'light={light} is not valid: choose from 0, black, to 1, as they are')
-    if held_out not in ('test', 'tune'):
-        raise ValueError(f"held_out={held_out!r} is not valid: choose 'test' or 'tune'")
-
 # %% ../../nbs/data/02_digits.ipynb #74c03b77
 def clutter_parts(
-    valid_pct: float,  # share of the digits held out
-    data_seed: int,    # decides which
-    held_out: str,     # 'test' or 'tune'
-) -> tuple:            # digits (1797, 1, 8, 8), labels (1797,), numbers that train and that are judged
+    settings: ClutterSettings,
+) -> tuple:  # digits (1797, 1, 8, 8), labels (1797,), numbers that train and that are judged
     "Which digits train and which are judged."
-    x, y, train, valid = digits_split(valid_pct, data_seed)
-    if held_out == 'test': return x, y, train, valid
-    fit, tune = stratified_split(y[train], valid_pct, data_seed)
+    split = settings.valid_pct, settings.data_seed
+    x, y, train, valid = digits_split(*split)
+    if settings.held_out == 'test': return x, y, train, valid
+    fit, tune = stratified_split(y[train], *split)
     return x, y, train[fit], train[tune]
 
 # %% ../../nbs/data/02_digits.ipynb #dg4dls
 def cluttered_digits_dls(
-    batch_size=32,        # images per step, over all processes
-    seed=0,               # decides the order of the images and their shifts, epoch by epoch
-    size=32,              # pixels a side, 32 to 64
-    copies=4,             # pictures made of each digit, each with a place and clutter of its own
-    valid_pct=0.2,        # share of the digits held out
-    channels=3,           # 3, or 1 for grey
-    scale=(0.75, 0.95),   # (from, to) share of the picture's side that a digit's own square takes
-    light=0.3,            # brightness of the photographs: 0 for black, 1 as they are
-    shift=2,              # every other training draw moves its picture by up to this many pixels each way
-    data_seed=42,         # decides the pictures and which digits are held out
-    held_out='test',      # what is judged: 'test', or 'tune' for a part of the training digits
-    rank=None,            # this process, and
-    world=None,           # how many share an epoch; torchrun's by default
-    device=None,          # where batches are put; the CPU by default
-) -> DataLoaders:         # train, valid; vocab '0' to '9'
-    "Loaders of digits moved, scaled and partly covered in crops of photographs."
-    check_clutter(size, channels, copies, scale, light, held_out)
-    x, y, *parts = clutter_parts(valid_pct, data_seed, held_out)
-    generator, pairs = torch.Generator().manual_seed(data_seed), []
+    batch_size=32,  # images per step, over all processes
+    seed=0,         # decides the order of the images and their shifts, epoch by epoch
+    rank=None,      # this process, and
+    world=None,     # how many share an epoch; torchrun's by default
+    device=None,    # where batches are put; the CPU by default
+    **settings,     # `size`, `copies`, `held_out` and all others of `ClutterSettings`
+) -> DataLoaders:   # train, valid; vocab '0' to '9'
+    """Loaders of digits moved, scaled and partly covered in crops of photographs. ValueError for a setting
+    that is not valid."""
+    settings = ClutterSettings(**settings)
+    x, y, *parts = clutter_parts(settings)
+    generator, pairs = torch.Generator().manual_seed(settings.data_seed), []
     for part, span in zip(parts, ((0, 0.6), (0.6, 1))):
-        part = part.repeat(copies)
-        pictures = clutter(x[part], size, span, generator, scale, light)
-        if channels == 1: pictures = pictures.mean(1, keepdim=True)
+        part = part.repeat(settings.copies)
+        pictures = clutter(x[part], span, generator, settings)
+        if settings.channels == 1: pictures = pictures.mean(1, keepdim=True)
         pairs.append((pictures, y[part]))
-    settings = dict(batch_size=batch_size, seed=seed, rank=rank, world=world, device=device)
-    return digit_loaders(*pairs, shift, **settings)
+    loading = dict(batch_size=batch_size, seed=seed, rank=rank, world=world, device=device)
+    return digit_loaders(*pairs, settings.shift, **loading)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'MEAN', 'STD', 'FILES', 'IMAGES', 'DEBIAN', 'SAMPLES', 'read_idx', 'find_files', 'read_split', 'download',
-           'find_fashion', 'fit_pixels', 'fashion_parts', 'check_fashion', 'first_of_each', 'fashion_dls',
-           'sample_images']
+           'find_fashion', 'fit_pixels', 'first_of_each', 'FashionSettings', 'fashion_parts', 'fashion_sets',
+           'fashion_dls', 'sample_images']
 
 # %% ../../nbs/data/03_fashion.ipynb #fa4imp
 import gzip
 import shutil
 import struct
 import zlib
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from torch import Tensor
-from .loader import stratified_split
+from .loader import SPLIT_SEED, stratified_split
 from .tensors import LightAugment, TensorSet, tensor_dls
 
 # %% ../../nbs/data/03_fashion.ipynb #fa7names
@@ -125,68 +126,80 @@ def fit_pixels(
     return pixels.repeat(1, channels, 1, 1)
 
 # %% ../../nbs/data/03_fashion.ipynb #fb5dl1x
-def fashion_parts(
-    root: str | Path | None, fetch: bool,  # as in `find_fashion`
-    held_out,     # 'test', or 'tune' for a part of the training images
-    valid_pct,    # that part
-    split_seed,   # decides it
-) -> list:        # training and held-out pairs of pixels and labels
-    "What trains and what is judged."
-    files = find_fashion(root, fetch)
-    pixels, labels = read_split('train', *files['train'])
-    if held_out == 'test': return [(pixels, labels), read_split('test', *files['test'])]
-    parts = stratified_split(labels, valid_pct, split_seed)
-    return [(pixels[part], labels[part]) for part in parts]
-
-# %% ../../nbs/data/03_fashion.ipynb #fb8check
-def check_fashion(size: int, channels: int, held_out: str, per_class: int | None) -> None:
-    "Raise a ValueError for a setting that is not valid."
-    if not 8 <= size <= 224:
-        raise ValueError(f'size={size} is out of range: choose from 8 to 224 pixels')
-    if channels not in (1, 3):
-        raise ValueError(f'channels={channels} is not valid: choose 1, or 3 equal ones')
-    if held_out not in ('test', 'tune'):
-        raise ValueError(f"held_out={held_out!r} is not valid: choose 'test' or 'tune'")
-    if per_class is not None and per_class < 1:
-        raise ValueError(f'per_class={per_class} leaves no image: choose 1 or more')
-
-
 def first_of_each(pixels: Tensor, labels: Tensor, per_class: int) -> tuple:
     "The first `per_class` images of each class, in the order of the file."
     kept = [(labels == number).nonzero()[:per_class, 0] for number in labels.unique()]
     kept = torch.cat(kept).sort().values
     return pixels[kept], labels[kept]
 
+# %% ../../nbs/data/03_fashion.ipynb #fb8check
+@dataclass(frozen=True)
+class FashionSettings:
+    "How Fashion-MNIST is split and prepared. ValueError for a setting that is not valid."
+    size: int = 28               # pixels a side: the border is cut off, or filled with black
+    resize: bool = False         # scale the photographs to `size` instead
+    channels: int = 1            # 1, or 3 equal ones for a model that wants RGB
+    shift: int = 2               # every other training draw is moved by up to this many pixels each way
+    flip: float = 0.5            # share of the training draws that are mirrored
+    held_out: str = 'test'       # what is judged: 'test', or 'tune' for a part of the training images
+    valid_pct: float = 1 / 6     # that part
+    split_seed: int = SPLIT_SEED # decides that part, whatever the loaders' `seed` is
+    per_class: int | None = None # at most this many training images of each class; None: all
+
+    def __post_init__(self):
+        if not 8 <= self.size <= 224:
+            raise ValueError(f'size={self.size} is out of range: choose from 8 to 224 pixels')
+        if self.channels not in (1, 3):
+            raise ValueError(f'channels={self.channels} is not valid: choose 1, or 3 equal ones')
+        if self.held_out not in ('test', 'tune'):
+            raise ValueError(f"held_out={self.held_out!r} is not valid: choose 'test' or 'tune'")
+        if self.per_class is not None and self.per_class < 1:
+            raise ValueError(f'per_class={self.per_class} leaves no image: choose 1 or more')
+
+# %% ../../nbs/data/03_fashion.ipynb #fb8parts
+def fashion_parts(
+    root: str | Path | None, fetch: bool,  # as in `find_fashion`
+    settings: FashionSettings,
+) -> list:                                 # training and held-out pairs of pixels and labels
+    "What trains and what is judged."
+    files = find_fashion(root, fetch)
+    pixels, labels = read_split('train', *files['train'])
+    if settings.held_out == 'test': return [(pixels, labels), read_split('test', *files['test'])]
+    parts = stratified_split(labels, settings.valid_pct, settings.split_seed)
+    return [(pixels[part], labels[part]) for part in parts]
+
+# %% ../../nbs/data/03_fashion.ipynb #fb8sets
+def fashion_sets(
+    parts: list,               # of `fashion_parts`
+    settings: FashionSettings,
+) -> list[TensorSet]:          # that of training first
+    "The images prepared: in number, size and channels."
+    size, channels = settings.size, settings.channels
+    augment = LightAugment(settings.shift, settings.flip, 'zeros')
+    stats = dict(mean=[MEAN] * channels, std=[STD] * channels)
+    sets = []
+    for pixels, labels in parts:
+        if settings.per_class and not sets: pixels, labels = first_of_each(pixels, labels, settings.per_class)
+        pixels = fit_pixels(pixels, size if settings.resize else pixels.shape[-1], channels)
+        sets.append(TensorSet(pixels, labels, CLASSES, augment=augment, size=size, **stats))
+    return sets
+
 # %% ../../nbs/data/03_fashion.ipynb #fb7dls
 def fashion_dls(
     root=None,        # folder to look in first; see the top of the page
     batch_size=128,   # images per step, over all processes
     seed=0,           # decides the order of the images and their moves, epoch by epoch
-    size=28,          # pixels a side: the border is cut off, or filled with black
-    resize=False,     # scale the photographs to `size` instead
-    channels=1,       # 1, or 3 equal ones for a model that wants RGB
-    shift=2,          # every other training draw is moved by up to this many pixels each way
-    flip=0.5,         # share of the training draws that are mirrored
-    held_out='test',  # what is judged: 'test', or 'tune' for a part of the training images
-    valid_pct=1 / 6,  # that part
-    split_seed=42,    # decides that part, whatever `seed` is
-    per_class=None,   # at most this many training images of each class; all by default
     fetch=True,       # download the files where none are found
     rank=None,        # this process, and
     world=None,       # how many share an epoch; torchrun's by default
     device=None,      # where batches are put; the CPU by default
+    **settings,       # `size`, `resize`, `held_out` and all others of `FashionSettings`
 ) -> DataLoaders:     # train, valid; vocab 'T-shirt/top' to 'Ankle boot'
     """Loaders of Fashion-MNIST, normalized, lightly augmented in training.
 
     Raises ValueError for a setting that is not valid, a damaged file, or files that are nowhere."""
-    check_fashion(size, channels, held_out, per_class)
-    augment = LightAugment(shift, flip, 'zeros')
-    stats = dict(mean=[MEAN] * channels, std=[STD] * channels)
-    sets = []
-    for pixels, labels in fashion_parts(root, fetch, held_out, valid_pct, split_seed):
-        if per_class and not sets: pixels, labels = first_of_each(pixels, labels, per_class)
-        pixels = fit_pixels(pixels, size if resize else pixels.shape[-1], channels)
-        sets.append(TensorSet(pixels, labels, CLASSES, augment=augment, size=size, **stats))
+    settings = FashionSettings(**settings)
+    sets = fashion_sets(fashion_parts(root, fetch, settings), settings)
     return tensor_dls(*sets, batch_size, seed, rank, world, device)
 
 # %% ../../nbs/data/03_fashion.ipynb #fd2samples
@@ -194,11 +207,11 @@ SAMPLES = 'fashion_200.npz'  # in the package, in the folder `bundled`
 
 
 def sample_images(
-    size=28,  # pixels a side of what is handed out: the border is cut off, or filled with black
+    size=FashionSettings.size, # pixels a side of `images`: the border is cut off, or filled with black
 ) -> TensorSet:  # `pixels` (200, 1, 28, 28) uint8, `labels` (200,), `images` (200, 1, size, size) normalized
     """200 test images of Fashion-MNIST, 20 of each class, that come with the library. ValueError for a size
     out of range."""
-    check_fashion(size, 1, 'test', None)
+    FashionSettings(size)  # which checks it
     with np.load(resources.files('vitdynconv') / 'bundled' / SAMPLES) as stored:
         pixels = torch.tensor(stored['pixels'])
         labels = torch.tensor(stored['labels']).long()

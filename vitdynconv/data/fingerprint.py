@@ -16,7 +16,7 @@ from vitdynconv.data.folders import (
     FolderReader, class_problems, complain, digest, folder_readers, held_out_words, left_out,
     overlap_problems, some)
 from .images import UNREADABLE, as_rgb
-from .loader import ImageData
+from .loader import ImageData, SPLIT_SEED, VALID_PCT
 
 # %% ../../nbs/data/08_fingerprint.ipynb #fq1finger
 def reader_fingerprint(reader: FolderReader) -> dict:  # class -> [images, hash of names and sizes]
@@ -167,8 +167,8 @@ def look_at(
 
 # %% ../../nbs/data/08_fingerprint.ipynb #fr2sum
 def folder_summary(
-    root,              # folder of class folders, or of splits with class folders
-    valid_pct=0.2, split_seed=42,  # the share held out where there are no splits
+    root,                                       # folder of class folders, or of splits with class folders
+    valid_pct=VALID_PCT, split_seed=SPLIT_SEED, # the share held out where there are no splits
 ) -> FolderSummary:
     "Look at a folder of pictures. Raises ValueError, one line, where it cannot be trained on."
     train, valid, split = folder_readers(root, valid_pct=valid_pct, split_seed=split_seed)

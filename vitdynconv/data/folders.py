@@ -23,6 +23,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from timm.data.readers.reader import Reader
+from .loader import SPLIT_SEED, VALID_PCT
 
 # %% ../../nbs/data/05_folders.ipynb #fo7walk
 HIDDEN = {'__MACOSX', 'lost+found', '@eaDir', '$RECYCLE.BIN', '__pycache__', 'Thumbs.db', 'desktop.ini'}
@@ -212,9 +213,9 @@ def part(self: FolderReader, numbers) -> FolderReader:
 # %% ../../nbs/data/05_folders.ipynb #fp6split
 def split_reader(
     reader: FolderReader,
-    valid_pct=0.2,   # share of each class that is held out, at least one image
-    split_seed=42,   # decides which
-) -> tuple:          # training and held-out reader
+    valid_pct=VALID_PCT,   # share of each class that is held out, at least one image
+    split_seed=SPLIT_SEED, # decides which
+) -> tuple:                # training and held-out reader
     "Hold out a share of each class."
     if not 0 < valid_pct < 1:
         raise ValueError(f'valid_pct={valid_pct} is not a share: choose one between 0 and 1')
@@ -277,7 +278,7 @@ def folder_reader(root: str | Path) -> FolderReader:
 def folder_readers(
     root: str | Path,
     train_split='train', valid_split='validation',
-    valid_pct=0.2, split_seed=42,  # where the folder has no splits
+    valid_pct=VALID_PCT, split_seed=SPLIT_SEED,  # where the folder has no splits
 ) -> tuple:                        # training and held-out reader, and the split that was made, or None
     "The two sides of a folder of pictures; a ValueError where one is missing or empty."
     if is_unsplit(root):

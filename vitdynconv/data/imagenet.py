@@ -23,7 +23,7 @@ from .folders import (
     is_unsplit, left_out, overlap_problems, some)
 from .images import (
     IMAGE_SETTINGS, UNREADABLE, ImageLoader, ImageSet, image_transforms, statistics)
-from .loader import own_share
+from .loader import own_share, SPLIT_SEED, VALID_PCT
 from .shards import (
     STREAMS, class_names, devkit_labels, label_flat_split, open_named, open_place, stream_dls, vocabulary)
 
@@ -190,18 +190,18 @@ def remark(sources: list, split: dict | None) -> str:
 
 # %% ../../nbs/data/07_imagenet.ipynb #sh12imn
 def imagenet_dls(
-    root,                     # folder of class folders or of splits; parquet files or a name; shards
-    reader='',                # '' (folders, tars), 'hfds' (parquet), 'wds' (shards), or another of timm's
-    recipe=None,              # a `Recipe`, such as `RECIPES['deit_s']`
-    train_split='train',      # names of the splits, in the reader's way
+    root,                  # folder of class folders or of splits; parquet files or a name; shards
+    reader='',             # '' (folders, tars), 'hfds' (parquet), 'wds' (shards), or another of timm's
+    recipe=None,           # a `Recipe`, such as `RECIPES['deit_s']`
+    train_split='train',   # names of the splits, in the reader's way
     valid_split='validation',
-    valid_pct=0.2,            # share of each class held out, where a folder has no splits
-    split_seed=42,            # decides which images these are
-    rank=None, world=None,    # this process and how many share an epoch; torchrun's by default
-    device=None,              # where batches are put; this process's GPU if there is one
-    options=None,             # for timm's `create_dataset`: class_map, input_key, target_key, ...
-    **settings,               # any of `IMAGE_SETTINGS`, before the recipe's
-) -> DataLoaders:             # train, valid, with `vocab` and `split`
+    valid_pct=VALID_PCT,   # share of each class held out, where a folder has no splits
+    split_seed=SPLIT_SEED, # decides which images these are
+    rank=None, world=None, # this process and how many share an epoch; torchrun's by default
+    device=None,           # where batches are put; this process's GPU if there is one
+    options=None,          # for timm's `create_dataset`: class_map, input_key, target_key, ...
+    **settings,            # any of `IMAGE_SETTINGS`, before the recipe's
+) -> DataLoaders:          # train, valid, with `vocab` and `split`
     """Loaders of any data timm can read, augmented as Table 4 says, looked at before they are returned.
 
     Raises ValueError that names every problem found: a missing split or class, a class count that

@@ -75,10 +75,10 @@ def folder_in_one_piece(
 
 # %% ../../nbs/data/04_images.ipynb #im5write
 def save_split(
-    loader,          # loader of tensors
-    folder: Path,    # where its class folders go
-    per_class=None,  # at most this many images of each class
-    quality=95,      # of the JPEG files
+    loader,       # loader of tensors
+    folder: Path, # where its class folders go
+    per_class,    # at most this many images of each class; None: all
+    quality,      # of the JPEG files
 ) -> None:
     "Write one split: `3/00017.jpg`."
     images, seen = loader.dataset.images, {}

@@ -32,7 +32,7 @@ def linear_attention(
     return (q @ summary).to(dtype)
 
 # %% ../../nbs/fast/01_closed_form.ipynb #0610c3a3
-def row_statistics(q: Tensor, k: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def row_statistics(q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     "Keys less their mean, (..., m, d), and one over the deviation of each row of `Q K'`, (..., n, 1)."
     k = k - k.mean(-2, keepdim=True)
     covariance = k.transpose(-2, -1) @ k / k.shape[-2]                      # (..., d, d)
@@ -58,7 +58,7 @@ def layernorm_attention(
     return y.to(dtype)
 
 # %% ../../nbs/fast/01_closed_form.ipynb #ebdecaf2
-def normalised(q: Tensor, k: Tensor, weight: Tensor | None, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+def normalised(q: Tensor, k: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Keys (..., m, d) and factors (..., n, 1), float32 at least: `factor * q @ keys.mT` is LayerNorm of `Q
     K'` without its shift."""
     q, k = in_float32(q, k)

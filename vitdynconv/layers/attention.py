@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from .activations import create_activation
 from .equivalence import attention
 from .mixer import (
-    activation_on_grid, split_heads, TokenMixer, with_dropout)
+    activation_on_grid, Neighbors, split_heads, TokenMixer, with_dropout)
 from .takeover import center_only, copy_weights, timm_settings
 from ..tools.compat import one_operation
 
@@ -67,8 +67,7 @@ def forward(self: DynamicConvAttention,
     is_causal: bool = False,         # a token sees itself and those before it
 ) -> Tensor:                         # (b, n, dim)
     "Static conv, dynamic conv, activation, dynamic conv, static conv."
-    q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
-    q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = self.project(x)                                     # (b, h, n, d) each
     bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
                                     self.takes_additive_masks())
     near = self.neighbors(mask)
@@ -76,11 +75,28 @@ def forward(self: DynamicConvAttention,
         q = near.read(q)                                          # (b, h, n, d * taps)
         k, v = self.widen(x, k, v)
     k, v, mask = self.select(q, k, v, mask)                       # (b, h, m, d)
-    y = self.backend(q, k, v, self.current_activation(), bias=bias, mask=mask, position=self.position())
-    if near is not None: y = near.add(y)                          # (b, h, n, d)
+    y = self.mix(q, k, v, bias, mask, near)                       # (b, h, n, d)
     return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/layers/07_attention.ipynb #b4ff2b62
+@patch
+def project(self: DynamicConvAttention,
+    x: Tensor, # (b, n, dim) tokens
+) -> tuple[Tensor, Tensor, Tensor]: # queries, keys and values, (b, h, n, d) each
+    "The static convolution at the start, and its norms."
+    q, k, v = split_heads(self.qkv(x), 3, self.head_dim)
+    return self.q_norm(q), self.k_norm(k), v
+
+@patch
+def mix(self: DynamicConvAttention,
+    q: Tensor, k: Tensor, v: Tensor,           # (b, h, n or m, d * taps)
+    bias: Tensor | None, mask: Tensor | None,  # of this call
+    near: Neighbors | None,                    # neighborhoods that are added up; None for 1 x 1
+) -> Tensor:                                   # (b, h, n, d)
+    "Dynamic conv, activation, dynamic conv."
+    y = self.backend(q, k, v, self.current_activation(), bias=bias, mask=mask, position=self.position())
+    return y if near is None else near.add(y)
+
 @patch
 def takes_additive_masks(self: DynamicConvAttention) -> bool:
     """May a mask of 0 and -100 stay a bias? Where it enters the logits and kernels compete; sigmoid counts

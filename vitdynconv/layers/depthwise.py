@@ -102,10 +102,12 @@ def forward(self: DepthwiseSelfAttention,
     q, k = split_heads(self.qk(x), 2, self.head_dim)              # (b, h, n, d) each
     q, k = self.q_norm(q), self.k_norm(k)
     _, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal)
-    if self.kernel_size > 1: y = self.with_neighbors(x, q, k, mask)
-    else:
-        k, _, mask = self.select(q, k, None, mask)                # (b, h, m, d)
-        y = self.backend(q, k, mask=mask, position=self.position())
+    near = self.neighbors(mask)
+    if near is not None:
+        q = near.read(q)                                          # (b, h, n, d * taps)
+        k, = self.widen(x, k)
+    k, _, mask = self.select(q, k, None, mask)                    # (b, h, m, d)
+    y = self.mix(q, k, mask)                                      # (b, h, n, d)
     return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/layers/08_depthwise.ipynb #ef1cd845
@@ -132,23 +134,24 @@ def check_depthwise(
 
 # %% ../../nbs/layers/08_depthwise.ipynb #tapsdw01
 @patch
-def with_neighbors(self: DepthwiseSelfAttention,
-    x: Tensor,           # (b, n, dim) tokens
-    q: Tensor,           # (b, h, n, d) queries
-    k: Tensor,           # (b, h, n, d) the center of the kernels
-    mask: Tensor | None, # bool, what this call allows
+def mix(self: DepthwiseSelfAttention,
+    q: Tensor,           # (b, h, n, d * taps) queries, or what the neighborhoods hold
+    k: Tensor,           # (b, h, m, d * taps) the bank
+    mask: Tensor | None, # bool, over the bank
 ) -> Tensor:             # (b, h, n, d)
-    """Eq. 5 with kernels of k x k, see `vitdynconv.layers.kxk`: the mean kernel over the neighborhood, and
-    the bias over each kernel's sum."""
-    wide = self.neighbors(mask).read(q)                               # (b, h, n, d * taps)
-    k, = self.widen(x, k)
-    k, _, mask = self.select(wide, k, None, mask)                     # (b, h, m, d * taps)
-    taps = self.kernel_size ** 2
-    y = self.backend(wide, k, mask=mask).unflatten(-1, (self.head_dim, taps)).sum(-1)
-    position = self.position()
-    if position is None: return y
-    whole = k.unflatten(-1, (self.head_dim, taps)).sum(-1)            # (b, h, m, d)
-    return y + self.backend(torch.zeros_like(q), whole, mask=mask, position=position)
+    "Eq. 5."
+    return self.mean_kernel(q, k, mask, position=self.position())
+
+@patch
+def mean_kernel(self: DepthwiseSelfAttention, q, k, mask, bias=None, position=None) -> Tensor:
+    """Eq. 5 with this bias and table. Kernels of k x k, see `vitdynconv.layers.kxk`: the mean kernel over the
+    neighborhood, and the bias over each kernel's sum."""
+    placed = dict(bias=bias, position=position)
+    if self.kernel_size == 1: return self.backend(q, k, mask=mask, **placed)
+    y = self.backend(q, k, mask=mask).unflatten(-1, (self.head_dim, -1)).sum(-1)
+    if bias is None and position is None: return y
+    whole = k.unflatten(-1, (self.head_dim, -1)).sum(-1)              # (b, h, m, d)
+    return y + self.backend(torch.zeros_like(y), whole, mask=mask, **placed)
 
 # %% ../../nbs/layers/08_depthwise.ipynb #611a33e4
 @torch.no_grad()

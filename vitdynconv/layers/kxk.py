@@ -7,10 +7,8 @@ __all__ = ['KernelAttention2d', 'check_block']
 
 # %% ../../nbs/layers/11_kxk.ipynb #kxk00004
 import math
-from itertools import product
 from typing import Callable
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import nn, Tensor
@@ -18,7 +16,7 @@ from .activations import create_activation
 from ..tools.compat import one_operation
 from .dconv import conv_per_image
 from .equivalence import attention
-from .mixer import Neighbors, check_kernel_size, join_taps
+from .mixer import Neighbors, check_kernel_size
 from .position import RelativePosition
 from .selection import create_selection
 
@@ -96,53 +94,51 @@ def reset_parameters(self: KernelAttention2d) -> None:
 
 # %% ../../nbs/layers/11_kxk.ipynb #kxk00032
 @patch
-def pair(self: KernelAttention2d,
-    x: Tensor, # (b, dim, h, w)
-) -> tuple[Tensor, Tensor]: # keys and values, (b, heads, n, d * taps) each
-    "The bank that the image makes, mixed if the selection is soft."
-    k = self.key(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)
-    v = self.value(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)
-    return self.selection(None, k, v)[:2] if self.soft() else (k, v)
+def rows(self: KernelAttention2d,
+    x: Tensor, # (b, heads * c, h, w)
+) -> Tensor:   # (b, heads, n, c)
+    "A map row by row, split into heads."
+    return x.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)
 
 @patch
 def strided_rows(self: KernelAttention2d,
-    t: Tensor,      # (..., h * w, m) one row per position of the map
-    h: int, w: int, # size of the map
-) -> Tensor:        # (..., n', m)
+    t: Tensor | None,      # (..., h * w, m) one row per position, or (..., 1, m)
+    grid: tuple[int, int], # (h, w)
+) -> Tensor | None:        # (..., n', m)
     "The rows of the positions that the stride keeps."
-    return t.unflatten(-2, (h, w))[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
-
-@patch
-def near_queries(self: KernelAttention2d,
-    x: Tensor, # (b, dim, h, w)
-) -> Tensor:   # (b, heads, n', d * taps)
-    "The queries of each neighborhood, as one vector."
-    h, w = x.shape[2:]
-    # (b, heads, n, d)
-    q = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(-2, -1)
-    return self.strided_rows(Neighbors((h, w), self.kernel_size).read(q), h, w)
+    if t is None or t.shape[-2] == 1: return t
+    return t.unflatten(-2, grid)[..., ::self.stride, ::self.stride, :].flatten(-3, -2)
 
 # %% ../../nbs/layers/11_kxk.ipynb #8ab8f7ee
 @patch
-def bias_and_mask(self: KernelAttention2d,
-    q: Tensor,      # (b, heads, n', d * taps) queries of neighborhoods
-    k: Tensor,      # (b, heads, m, d * taps) keys
-    h: int, w: int, # size of the map
-) -> dict:          # bias (heads, n', m) or None, bool mask that broadcasts to (b, heads, n', m) or None
-    "Position bias and 0/1 selection. ValueError for windows that do not tile the map."
+def select(self: KernelAttention2d,
+    q: Tensor, k: Tensor, v: Tensor, # (b, heads, n, d * taps) each
+    grid: tuple[int, int],           # (h, w) of the map
+) -> tuple:                          # keys and values in use, (b, heads, m, d * taps), and bool mask or None
+    """Apply the selection, a layer that is called as every other. ValueError for windows that do not tile
+    the map."""
+    rule = self.selection
+    if rule is None: return k, v, None
+    if rule.hard and rule.needs_grid:
+        if not rule.fit(*grid).tiles(*grid):
+            raise ValueError(f'windows {rule} do not tile a map of {grid[0]} x {grid[1]}; choose a size '
+                             'that they divide')
+        rule.live_grid = None if rule.grid_size == grid else grid
+    return rule(q, k, v)
+
+@patch
+def operands(self: KernelAttention2d,
+    x: Tensor, # (b, dim, h, w)
+) -> tuple:    # q (b, heads, n', d * taps); k and v (b, heads, m, d * taps); bias and mask over (n', m)
+    "What the backend works on: the rows that the stride keeps, and the bank."
+    grid = tuple(x.shape[2:])
+    q = Neighbors(grid, self.kernel_size).read(self.rows(self.query(x)))
+    k, v, mask = self.select(q, self.rows(self.key(x)), self.rows(self.value(x)), grid)
     bias = None
     if self.relative_position_bias_table is not None:
-        position = RelativePosition(self.relative_position_bias_table, self.grid_size)
-        bias = self.strided_rows(position.bias(), h, w)
-    if self.selection is None or self.soft(): return dict(bias=bias, mask=None)
-    if not self.selection.needs_grid: mask = self.selection(q, k, None)[2]           # it looks at the answers
-    else:
-        mask = self.selection.mask(h, w, q.device)
-        if mask.shape[1] != h * w:
-            raise ValueError(f'windows {self.selection} do not tile a map of {h} x {w}; choose a size '
-                             'that they divide')
-        mask = self.strided_rows(mask, h, w)
-    return dict(bias=bias, mask=mask)
+        bias = RelativePosition(self.relative_position_bias_table, self.grid_size).bias()
+    settings = {name: self.strided_rows(t, grid) for name, t in dict(bias=bias, mask=mask).items()}
+    return self.strided_rows(q, grid), k, v, settings
 
 # %% ../../nbs/layers/11_kxk.ipynb #kxk00033
 @patch
@@ -150,13 +146,12 @@ def literal(self: KernelAttention2d,
     x: Tensor, # (b, dim, h, w)
 ) -> Tensor:   # (b, out_dim, ceil(h / stride), ceil(w / stride))
     "The definition: dynamic k x k convolution, activation, dynamic k x k convolution."
-    b, _, h, w = x.shape
-    heads, k = self.num_heads, self.kernel_size
-    # (b * heads, m, d, k, k)
-    keys, values = [t.flatten(0, 1).unflatten(2, (-1, k, k)) for t in self.pair(x)]
+    b, heads, k = len(x), self.num_heads, self.kernel_size
     # (b * heads, d, h, w)
     q = self.query(x).unflatten(1, (heads, -1)).flatten(0, 1)
-    settings = self.bias_and_mask(self.near_queries(x), self.pair(x)[0], h, w)
+    _, keys, values, settings = self.operands(x)
+    # (b * heads, m, d, k, k)
+    keys, values = [t.flatten(0, 1).unflatten(2, (-1, k, k)) for t in (keys, values)]
     # (b * heads, m, h', w')
     logits = conv_per_image(q, keys, stride=self.stride, padding=k // 2)
     # (b, heads, n', m)
@@ -174,11 +169,9 @@ def forward(self: KernelAttention2d,
     "The same as attention over the queries of neighborhoods, added up."
     h, w = x.shape[2:]
     coarse = math.ceil(h / self.stride), math.ceil(w / self.stride)
-    # (b, heads, n', d * taps)
-    q = self.near_queries(x)
-    k, v = self.pair(x)
-    # (b, heads, n', d * taps)
-    y = self.backend(q, k, v, self.act, **self.bias_and_mask(q, k, h, w))
+    # (b, heads, n' or m, d * taps)
+    q, k, v, settings = self.operands(x)
+    y = self.backend(q, k, v, self.act, **settings)
     # (b, heads, n', d)
     y = Neighbors(coarse, self.kernel_size).add(y)
     return self.out(y.transpose(-2, -1).flatten(1, 2).unflatten(2, coarse))

@@ -34,7 +34,7 @@ class TokenMixer(nn.Module):
     output projection."""
     def __init__(self,
         dim: int,                             # channels of a token, D
-        num_heads: int = 8,                   # heads h
+        num_heads: int,                       # heads h
         head_dim: int | None = None,          # channels of a head, d; `dim // num_heads` if None
         # 'rel' for a relative position table; None if position is absolute or absent
         pos: str | None = None,

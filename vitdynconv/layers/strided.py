@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn, Tensor
 from .attention import DynamicConvAttention
 from .depthwise import DepthwiseSelfAttention
-from .mixer import Neighbors, split_heads
+from .mixer import Neighbors
 from ..tools.compat import one_operation
 
 # %% ../../nbs/layers/12_strided.ipynb #strd0009
@@ -46,7 +46,7 @@ class Strided:
     "A stride for a mixer: a class that comes before the mixer's among the bases."
     def __init__(self,
         dim: int,                   # channels of a token, D
-        num_heads: int = 8,         # heads h
+        num_heads: int,             # heads h
         stride: int = 2,            # step of the first dynamic convolution
         out_dim: int | None = None, # channels of the result; `dim` if None
         grid_size=None,             # (H, W) of the map that comes in
@@ -98,28 +98,12 @@ def with_table(self: Strided,
 @one_operation
 class StridedAttention(Strided, DynamicConvAttention):
     """Self-attention as dynamic convolutions with a stride (section 5, future work): queries on a coarse map,
-    kernels from every position of the fine one."""
-    def forward(self,
-        x: Tensor,                   # (b, n, dim) tokens of the fine map
-        # bool or additive, (n, n), (windows, n, n) or (b, h, n, n): of the fine map
-        mask: Tensor | None = None,
-        attn_mask: Tensor | None = None, # timm's name for `mask`
-        is_causal: bool = False,     # a token sees itself and those before it
-    ) -> Tensor:                     # (b, n', out_dim) tokens of the coarse map
-        "Static conv, strided dynamic conv, activation, dynamic conv, static conv."
-        q, k, v = split_heads(self.qkv(x), 3, self.head_dim)          # (b, h, n, d) each
-        q, k = self.q_norm(q), self.k_norm(k)
-        bias, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal,
-                                        self.takes_additive_masks())
-        near = self.neighbors(mask)
-        if near is not None:
-            q = near.read(q)                                          # (b, h, n, d * taps)
-            k, v = self.widen(x, k, v)
-        k, v, mask = self.select(q, k, v, mask)                       # (b, h, m, d)
+    kernels from every position of the fine one; (b, n, dim) to (b, n', out_dim), masks as for the fine map."""
+    def mix(self, q, k, v, bias, mask, near):
+        "Strided dynamic conv, activation, dynamic conv: (b, h, n', d)."
         q, bias, mask = self.strided(q), self.strided(bias), self.strided(mask)
         y = self.backend(q, k, v, self.current_activation(), **self.with_table(bias), mask=mask)
-        if near is not None: y = self.add_on_coarse_map(y, near)      # (b, h, n', d)
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+        return y if near is None else self.add_on_coarse_map(y, near)
 
 # %% ../../nbs/layers/12_strided.ipynb #strd0014
 @patch
@@ -138,37 +122,7 @@ def add_on_coarse_map(self: StridedAttention,
 @one_operation
 class StridedDepthwise(Strided, DepthwiseSelfAttention):
     """Depth-wise self-attention (Eq. 5) with a stride: positions of a coarse map, the mean of all kernels of
-    the fine one."""
-    def forward(self,
-        x: Tensor,                   # (b, n, dim) tokens of the fine map
-        # bool or additive, (n, n), (windows, n, n) or (b, h, n, n): of the fine map
-        mask: Tensor | None = None,
-        attn_mask: Tensor | None = None, # timm's name for `mask`
-        is_causal: bool = False,     # a token sees itself and those before it
-    ) -> Tensor:                     # (b, n', out_dim) tokens of the coarse map
-        "Eq. 5 at the positions that stay, between its projections."
-        q, k = split_heads(self.qk(x), 2, self.head_dim)              # (b, h, n, d) each
-        q, k = self.q_norm(q), self.k_norm(k)
-        _, mask = self.bias_and_mask(x, attn_mask if mask is None else mask, is_causal)
-        near = self.neighbors(mask)
-        if near is not None:
-            q = near.read(q)                                          # (b, h, n, d * taps)
-            k, = self.widen(x, k)
-        k, _, mask = self.select(q, k, None, mask)
-        y = self.at_steps(self.strided(q), k, self.strided(mask))
-        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
-
-# %% ../../nbs/layers/12_strided.ipynb #a3146306
-@patch
-def at_steps(self: StridedDepthwise,
-    q: Tensor,           # (b, h, n', d * taps) queries that stay
-    k: Tensor,           # (b, h, m, d * taps) the bank
-    mask: Tensor | None, # bool, rows that stay
-) -> Tensor:             # (b, h, n', d)
-    "The mean kernel over the neighborhood, and the bias over each kernel's sum."
-    if self.kernel_size == 1: return self.backend(q, k, mask=mask, **self.with_table(None))
-    y = self.backend(q, k, mask=mask).unflatten(-1, (self.head_dim, -1)).sum(-1)
-    placed = self.with_table(None)
-    if placed['bias'] is None and placed['position'] is None: return y
-    whole = k.unflatten(-1, (self.head_dim, -1)).sum(-1)              # (b, h, m, d)
-    return y + self.backend(torch.zeros_like(y), whole, mask=mask, **placed)
+    the fine one, (b, n, dim) to (b, n', out_dim). Masks are those of the fine map."""
+    def mix(self, q, k, mask):
+        "Eq. 5 at the positions that stay: (b, h, n', d)."
+        return self.mean_kernel(self.strided(q), k, self.strided(mask), **self.with_table(None))

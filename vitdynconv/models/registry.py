@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN', 'MIXER_OPTIONS', 'BASES', 'SYSTEM_BASES', 'PRESETS', 'OWN_CONFIGURATION', 'default_cfgs', 'ENTRIES', 'assemble',
-           'unlike', 'kind_of', 'own_body', 'body', 'operation_for', 'build_entry', 'weight_source',
+           'unlike', 'kind_of', 'own_body', 'body', 'operation_for', 'weight_source', 'build_entry',
            'pretrained_configurations', 'register_entry', 'create_model', 'register_other', 'paper_model',
            'register_fashion']
 
@@ -107,6 +107,23 @@ def operation_for(
     asked = {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
     return partial(exchange, system=system, **asked), rest
 
+# %% ../../nbs/models/10_registry.ipynb #ff29c323
+def weight_source(
+    kwargs: dict, # arguments for timm
+# what says where the base's weights are; is it a published model with weights of its own?; a local file named
+# there
+) -> tuple:
+    """Where pretrained weights come from. A whole configuration belongs to a published model, as from
+    'local-dir:' and 'hf-hub:'."""
+    names = 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'
+    source = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    config = source.get('pretrained_cfg', '')
+    published = not isinstance(config, str)
+    file = dict(source.get('pretrained_cfg_overlay', {})).get('file')
+    if published and not file: file = config.get('file') if isinstance(config, dict) else config.file
+    if file and not Path(file).is_file(): file = None   # a folder, as of 'local-dir:', is read by timm
+    return source, published, file
+
 # %% ../../nbs/models/10_registry.ipynb #ff29c322
 def build_entry(
     name: str,                            # of the entry in timm's registry
@@ -128,23 +145,6 @@ def build_entry(
     return build_model_with_cfg(make, name, pretrained and own_weights,
                                 pretrained_filter_fn=checkpoint_filter_fn,
                                 feature_cfg=kind_of(base).feature_settings(kwargs), **kwargs)
-
-# %% ../../nbs/models/10_registry.ipynb #ff29c323
-def weight_source(
-    kwargs: dict, # arguments for timm
-# what says where the base's weights are; is it a published model with weights of its own?; a local file named
-# there
-) -> tuple:
-    """Where pretrained weights come from. A whole configuration belongs to a published model, as from
-    'local-dir:' and 'hf-hub:'."""
-    names = 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'
-    source = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-    config = source.get('pretrained_cfg', '')
-    published = not isinstance(config, str)
-    file = dict(source.get('pretrained_cfg_overlay', {})).get('file')
-    if published and not file: file = config.get('file') if isinstance(config, dict) else config.file
-    if file and not Path(file).is_file(): file = None   # a folder, as of 'local-dir:', is read by timm
-    return source, published, file
 
 # %% ../../nbs/models/10_registry.ipynb #45213f89
 BASES = [base for cls in BACKBONES for base in cls.bases]    # names of timm's models
@@ -181,6 +181,7 @@ def pretrained_configurations(
         if tagged.partition('.')[0] == base: configs.append(timm.models.get_pretrained_cfg(tagged))
     return generate_default_cfgs({f'{name}.{cfg.tag}' if cfg.tag else name: cfg for cfg in configs})
 
+# %% ../../nbs/models/10_registry.ipynb #5fd90f61
 def register_entry(
     base: str,                 # timm's name of the body
     system: str | None = None, # a key of `SYSTEMS`, or None for attention

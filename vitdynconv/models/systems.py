@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from ..fast.dispatch import accelerate
 from ..layers.attention import DynamicConvAttention
-from ..layers.dconv import DynamicConv2d
+from ..layers.dconv import BANK_SIZE, DynamicConv2d, TEMPERATURE
 from ..layers.dynconv import DynamicDepthwiseConv2d
 from ..layers.selections.projected import ProjectedKernels
 from .adapter import Backbone, Place
@@ -55,9 +55,9 @@ class Linformer:
 class DConv:
     "D-Conv (section 3.3; arXiv 1912.03458): a static bank of kernels, mixed for each image."
     kernel_size: int | None = None # odd; None for 3, or for that of the convolution that it replaces
-    num_kernels: int = 4           # M, the size of the static bank
+    num_kernels: int = BANK_SIZE   # M, the size of the static bank
     # of the router's softmax, to be annealed: see `vitdynconv.layers.dconv.anneal`
-    temperature: float = 30.
+    temperature: float = TEMPERATURE
     maps = True
 
     def replace(self, backbone: Backbone, place: Place) -> dict:

@@ -30,8 +30,8 @@ from ..tools.compat import private_hooks
 def warmup_cosine(
     lr: float,             # at the top
     share: float,          # of the run that is warm-up, 0 to 1
-    start: float = 1e-6,   # at the first step
-    end: float = 1e-5,     # after the last step
+    start: float,          # at the first step
+    end: float,            # after the last step
 ):                         # function of the finished share of the run, 0 to 1
     "Linear warm-up, then half a cosine (Table 4; the ends are MMClassification's)."
     return combine_scheds([share, 1 - share], [SchedLin(start, lr), SchedCos(lr, end)])
@@ -50,8 +50,8 @@ class RecipeSchedule(ParamScheduler):
     def __init__(
         self,
         share,         # of the run that is warm-up
-        start=1e-6,    # learning rate of the first step
-        end=1e-5,      # after the last
+        start,         # learning rate of the first step
+        end,           # after the last
         accumulate=1,  # batches in a step
     ):
         store_attr()

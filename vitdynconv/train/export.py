@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from ..tools.cli import check_choice, command
 from ..tools.files import check_target
+from .evaluate import OWN_WEIGHTS
 from .prediction import LoadedRun, load_run
 
 # %% ../../nbs/train/13_export.ipynb #274bbdde
@@ -174,10 +175,10 @@ def export_run(
 # %% ../../nbs/train/13_export.ipynb #135ef454
 @command
 def vdc_export(
-    run: str = '',          # folder of a run, or a file of its weights
-    format: str = '',       # onnx, torch, timm or hf
-    out: str = '',          # file; for hf a new folder
-    weights: str = 'model', # model, or ema for the averaged weights of a .ckpt
+    run: str = '',              # folder of a run, or a file of its weights
+    format: str = '',           # onnx, torch, timm or hf
+    out: str = '',              # file; for hf a new folder
+    weights: str = OWN_WEIGHTS, # model, or ema for the averaged weights of a .ckpt
 ):
     "Write the network of a run in the form of another program, checked against the original."
     if not run: raise ValueError('give --run, the folder of a run of vdc_train')

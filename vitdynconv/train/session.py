@@ -15,8 +15,9 @@ from fastai.basics import *
 from ..data import preflight
 from .build import dry_step, recipe_dls, recipe_model, run_images
 from .checkpoint import Checkpoints, RunStopped, best_epochs, restore, save_weights, score
-from .learner import create_learner, start_processes
-from .logbook import EachEpoch, FiniteLoss, HeldOut, StepLog, open_tracker, plot_history
+from .learner import TIMEOUT, create_learner, start_processes
+from .logbook import (
+    LOG_EVERY, EachEpoch, FiniteLoss, HeldOut, StepLog, open_tracker, plot_history)
 from .record import LOCK, RunLock, check_classes, data_changes, record_of
 from .folder import open_run, remove_start
 from .mistakes import Mistakes, better_network, newest_is_best
@@ -150,8 +151,8 @@ def run_learner(
     run,              # dict: data, reader; of a run that goes on its whole record
     checkpoint=None,  # to go on from
     log=(),           # names of `TRACKERS`
-    log_every=50,     # steps between log lines
-    timeout=600,      # seconds to wait for another process
+    log_every=LOG_EVERY, # steps between log lines
+    timeout=TIMEOUT,  # seconds to wait for another process
     changed_data=False, # go on although the data have changed
     branch=False,     # begin a new run from the checkpoint of another one
 ) -> tuple:           # (learner, epoch to start at)

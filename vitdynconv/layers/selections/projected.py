@@ -117,10 +117,8 @@ def set_grid_size(self: ProjectedKernels,
 # %% ../../../nbs/layers/selections/02_projected.ipynb #846ee022
 def projections(
     depth: int,            # number of layers
-    *args,                 # as for `ProjectedKernels`
-    share: str = 'none',   # one of `SHARING`
-    **kwargs,              # as for `ProjectedKernels`
+    *args, **settings,     # as for `ProjectedKernels`
 ) -> list[ProjectedKernels]: # one for each layer, all the same object with share='layers'
     "Linformer's projections for a whole network."
-    if share == 'layers': return [ProjectedKernels(*args, share=share, **kwargs)] * depth
-    return [ProjectedKernels(*args, share=share, **kwargs) for _ in range(depth)]
+    if settings.get('share') == 'layers': return [ProjectedKernels(*args, **settings)] * depth
+    return [ProjectedKernels(*args, **settings) for _ in range(depth)]

@@ -57,6 +57,10 @@ class Selection(nn.Module):
         "The rule as it applies to a map of this size"
         return self
 
+    def tiles(self, h: int, w: int) -> bool:
+        "Does the rule fill a map of this size, without padding?"
+        return True
+
     def set_grid_size(self, grid_size: int | tuple[int, int]) -> None:
         "Move to a map of another size."
         self.grid_size = to_2tuple(grid_size)

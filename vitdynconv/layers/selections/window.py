@@ -55,6 +55,8 @@ class WindowKernels(Selection):
         "The size of the map, rounded up to whole windows"
         return tuple(math.ceil(n / m) * m for n, m in zip((h, w), self.window_size))
 
+    def tiles(self, h: int, w: int) -> bool: return self.padded(h, w) == (h, w)
+
     def extra_repr(self): return f'window_size={self.window_size}, shift_size={self.shift_size}'
 
 # %% ../../../nbs/layers/selections/01_window.ipynb #1d1f3de2
