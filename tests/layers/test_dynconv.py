@@ -266,7 +266,7 @@ def test_temperature_is_a_schedule():
     "Nobody casts it, averages it or decays it; who copies the network follows it, and it is exact."
     from timm.optim import param_groups_weight_decay
     from timm.utils import ModelEmaV3
-    conv = DynamicConv2d(4, 4, 3, temperature=.7)
+    conv = DynamicConv2d(4, 4, 3, temperature=30)
     for exclude in False, True:
         average = ModelEmaV3(conv, decay=.5, exclude_buffers=exclude)
         conv.anneal(3.3)

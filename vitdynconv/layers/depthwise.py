@@ -110,6 +110,27 @@ def forward(self: DepthwiseSelfAttention,
     y = self.mix(q, k, mask)                                      # (b, h, n, d)
     return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
 
+# %% ../../nbs/layers/08_depthwise.ipynb #tapsdw01
+@patch
+def mix(self: DepthwiseSelfAttention,
+    q: Tensor,           # (b, h, n, d * taps) queries, or what the neighborhoods hold
+    k: Tensor,           # (b, h, m, d * taps) the bank
+    mask: Tensor | None, # bool, over the bank
+) -> Tensor:             # (b, h, n, d)
+    "Eq. 5."
+    return self.mean_kernel(q, k, mask, position=self.position())
+
+@patch
+def mean_kernel(self: DepthwiseSelfAttention, q, k, mask, bias=None, position=None) -> Tensor:
+    """Eq. 5 with this bias and table. Kernels of k x k, see `vitdynconv.layers.kxk`: the mean kernel over the
+    neighborhood, and the bias over each kernel's sum."""
+    placed = dict(bias=bias, position=position)
+    if self.kernel_size == 1: return self.backend(q, k, mask=mask, **placed)
+    y = self.backend(q, k, mask=mask).unflatten(-1, (self.head_dim, -1)).sum(-1)
+    if bias is None and position is None: return y
+    whole = k.unflatten(-1, (self.head_dim, -1)).sum(-1)              # (b, h, m, d)
+    return y + self.backend(torch.zeros_like(y), whole, mask=mask, **placed)
+
 # %% ../../nbs/layers/08_depthwise.ipynb #ef1cd845
 def check_depthwise(
     q: Tensor,           # (..., h, n, d)
@@ -131,27 +152,6 @@ def check_depthwise(
         raise ValueError(f'mask of shape {tuple(mask.shape)} and dtype {mask.dtype} does not fit {n} '
                          f'positions and {m} kernels; give a bool mask (..., {n}, {m}), True where a '
                          'kernel is selected')
-
-# %% ../../nbs/layers/08_depthwise.ipynb #tapsdw01
-@patch
-def mix(self: DepthwiseSelfAttention,
-    q: Tensor,           # (b, h, n, d * taps) queries, or what the neighborhoods hold
-    k: Tensor,           # (b, h, m, d * taps) the bank
-    mask: Tensor | None, # bool, over the bank
-) -> Tensor:             # (b, h, n, d)
-    "Eq. 5."
-    return self.mean_kernel(q, k, mask, position=self.position())
-
-@patch
-def mean_kernel(self: DepthwiseSelfAttention, q, k, mask, bias=None, position=None) -> Tensor:
-    """Eq. 5 with this bias and table. Kernels of k x k, see `vitdynconv.layers.kxk`: the mean kernel over the
-    neighborhood, and the bias over each kernel's sum."""
-    placed = dict(bias=bias, position=position)
-    if self.kernel_size == 1: return self.backend(q, k, mask=mask, **placed)
-    y = self.backend(q, k, mask=mask).unflatten(-1, (self.head_dim, -1)).sum(-1)
-    if bias is None and position is None: return y
-    whole = k.unflatten(-1, (self.head_dim, -1)).sum(-1)              # (b, h, m, d)
-    return y + self.backend(torch.zeros_like(y), whole, mask=mask, **placed)
 
 # %% ../../nbs/layers/08_depthwise.ipynb #611a33e4
 @torch.no_grad()
