@@ -170,15 +170,6 @@ def test_run_stops_at_an_error_and_keeps_the_notebook(project, cell, words):
     assert path.read_bytes() == before and not list(project.rglob("*.tmp"))
 
 
-def test_run_names_the_notebook_whose_kernel_died(project):
-    path = project/"nbs/00_one.ipynb"
-    write_notebook(path, ["import os", "os._exit(1)"])
-    before = path.read_bytes()
-    done = caretaker("run", path, root=project)
-    assert done.returncode == 1 and "00_one.ipynb failed; the notebook is left as it was\nKernel died" in done.stderr
-    assert path.read_bytes() == before
-
-
 WAITS = """import pathlib, time
 pathlib.Path('{mine}.here').touch()
 end = time.time() + 120

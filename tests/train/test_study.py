@@ -11,7 +11,7 @@ from vitdynconv.study import plan as study_plan
 from vitdynconv.layers.activations import ACTIVATIONS
 from vitdynconv.models.paper import TABLE2
 from vitdynconv.study.plan import PLANS, ROW, ROWS, Job, Plan, StudyRow, jobs_of, open_study
-from vitdynconv.study.measures import Finding, area, epochs_to, interval, measure_runs, paired, verdict
+from vitdynconv.study.measures import Finding, area, draw_verdicts, epochs_to, interval, measure_runs, paired, verdict
 from vitdynconv.study.predictions import ACCURACY, decidable, evidence, findings, holm, judge, net, p_value
 from vitdynconv.study.runs import best_rate, rate_beyond, run_study, study_model, trials_so_far
 
@@ -214,8 +214,19 @@ def test_holm():
     assert verdict(one, weak)["verdict"] == "not visible" or p_value(one, weak) < .05
     near = runs.assign(accuracy=[1.5, 3., 3.9, 5.4, 1, 2, 3, 4])                      # alone it is confirmed; among ten it may be luck
     assert verdict(one, near)["verdict"] == "confirmed" and judge([one]*10, near).verdict.tolist() == ["not visible"]*10
+    assert judge([one]*10, near).alone.tolist() == ["confirmed"]*10 == judge([one], near).alone.tolist()*10
     good = dataclasses.replace(one, expected="as good")
     assert p_value(good, near) < p_value(one, near), "as good is measured from the margin"
+
+
+def test_a_verdict_that_the_adjustment_keeps_back_is_drawn_hollow():
+    "Confirmed among few, confirmed alone, visible neither way: filled, hollow, a stroke."
+    lines = pd.DataFrame([dict(claim=str(i), expected="more", low=low, mean=low + 1, high=low + 2, verdict=said, alone=alone)
+                          for i, (low, said, alone) in enumerate([(1., "confirmed", "confirmed"), (.1, "not visible", "confirmed"), (-1., "not visible", "not visible")])])
+    middles = draw_verdicts(lines, "points").axes[0].lines[1:6:2]
+    assert [line.get_marker() for line in middles] == ["o", "o", "|"]
+    assert [line.get_markerfacecolor() == "none" for line in middles] == [False, True, False]
+    assert [line.get_label() for line in middles] == ["confirmed", "not after Holm", "not visible"]
 
 
 @pytest.mark.parametrize("page", ["learned.ipynb", "results/convergence.ipynb"])

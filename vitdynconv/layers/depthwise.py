@@ -118,10 +118,10 @@ def mix(self: DepthwiseSelfAttention,
     mask: Tensor | None, # bool, over the bank
 ) -> Tensor:             # (b, h, n, d)
     "Eq. 5."
-    return self.mean_kernel(q, k, mask, position=self.position())
+    return self.mix_with(q, k, mask, position=self.position())
 
 @patch
-def mean_kernel(self: DepthwiseSelfAttention, q, k, mask, bias=None, position=None) -> Tensor:
+def mix_with(self: DepthwiseSelfAttention, q, k, mask, bias=None, position=None) -> Tensor:
     """Eq. 5 with this bias and table. Kernels of k x k, see `vitdynconv.layers.kxk`: the mean kernel over the
     neighborhood, and the bias over each kernel's sum."""
     placed = dict(bias=bias, position=position)

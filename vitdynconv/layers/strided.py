@@ -125,4 +125,4 @@ class StridedDepthwise(Strided, DepthwiseSelfAttention):
     the fine one, (b, n, dim) to (b, n', out_dim). Masks are those of the fine map."""
     def mix(self, q, k, mask):
         "Eq. 5 at the positions that stay: (b, h, n', d)."
-        return self.mean_kernel(self.strided(q), k, self.strided(mask), **self.with_table(None))
+        return self.mix_with(self.strided(q), k, self.strided(mask), **self.with_table(None))
